@@ -1,0 +1,22 @@
+"""Siamese Labels Auxiliary Learning (SiLa, arXiv 2103.00200): models, losses, trainer and the paper's exhibits."""
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "losses": ("METHODS", "SiameseLabelsLoss", "independent", "mutual_kl", "mutual_learning", "siamese_labels"),
+    "models": ("MODELS",),
+    "data": ("DATASETS",),
+    "runs": ("Run", "ensure", "load", "load_network"),
+    "errors": ("UserError",),
+}
+__all__ = sorted(name for names in _HOME.values() for name in names)
+
+
+def __getattr__(name):
+    """Import a public name when it is first used: `from silalib import siamese_labels` needs torch alone."""
+    from importlib import import_module
+
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"silalib.{module}"), name)
+    raise AttributeError(f"module 'silalib' has no attribute {name!r}")

@@ -1,0 +1,206 @@
+"""The data sets. DATASETS: name -> Dataset; `load(name)` gives its images as uint8 tensors, `splits(run, device)` what a run needs.
+
+`digits` (1,797 scans of 8x8 pixels that come with scikit-learn) is embedded and needs no network; MNIST and CIFAR
+come through torchvision, which downloads them once and checks their published MD5s. They live in the folder of the
+environment variable SILALIB_DATA, or data/ in the project.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .errors import MissingData, UserError
+from .paths import ROOT
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known of a data set before it is loaded.
+
+    image: shape (C, H, W). folder: where its files lie below the data folder, None if embedded.
+    sha256: of the decoded pixels and labels, None if not fixed.
+    """
+
+    title: str
+    classes: int
+    image: tuple
+    train: int
+    test: int
+    folder: str | None = None
+    sha256: str | None = None
+
+
+DATASETS = {
+    "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1000, 797),
+    "mnist": Dataset(
+        "MNIST",
+        10,
+        (1, 28, 28),
+        60000,
+        10000,
+        "MNIST/raw",
+        "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
+    ),
+    "cifar10": Dataset(
+        "CIFAR-10",
+        10,
+        (3, 32, 32),
+        50000,
+        10000,
+        "cifar-10-batches-py",
+        "9048fcbac9c08a64d57a7c5a5a66750a974ad4eab380914df129f7e223d823df",
+    ),
+    "cifar100": Dataset(
+        "CIFAR-100",
+        100,
+        (3, 32, 32),
+        50000,
+        10000,
+        "cifar-100-python",
+        "283e80e15e3841cce98044da5929d8557a88969bfd2d77d1c1db7bb78ba419f7",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A whole data set: uint8 images (n, C, H, W), int64 labels (n,), and the sha256 of both."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images ready for a device: uint8 (n, H, W, C), so that a gathered batch is already channels-last."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def data_folder():
+    return Path(os.environ.get("SILALIB_DATA") or ROOT / "data")
+
+
+@lru_cache(maxsize=2)
+def load(name):
+    """The whole data set `name` as Images, downloaded first if need be.
+
+    Raises MissingData when it is not here and cannot be downloaded, UserError when its files are damaged.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    arrays = _digits() if name == "digits" else _from_torchvision(name)
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.contiguous().numpy())
+    images = Images(*arrays, digest.hexdigest())
+    expected = DATASETS[name].sha256
+    if expected and images.checksum != expected:
+        where = data_folder() / DATASETS[name].folder
+        raise UserError(f"{where} does not hold the published {DATASETS[name].title}: delete it and start again")
+    return images
+
+
+def fetch(name):
+    """Download a data set that is not here yet; a cheap look where it is. Raises as `load` does."""
+    folder = DATASETS[name].folder
+    if folder and not (data_folder() / folder).is_dir():
+        load(name)
+
+
+def _digits():
+    """The first thousand images to train on, the rest to test on, enlarged to 32x32 once."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(images, size=32, mode="bilinear", align_corners=False).round().to(torch.uint8)
+    labels = torch.from_numpy(digits.target).long()
+    n = DATASETS["digits"].train
+    return images[:n], labels[:n], images[n:], labels[n:]
+
+
+def _from_torchvision(name):
+    from filelock import FileLock
+
+    from ._torchvision import torchvision
+
+    kind = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}[name]
+    root, where = data_folder(), data_folder() / DATASETS[name].folder
+    open_split = getattr(torchvision.datasets, kind)
+    try:
+        sets = [open_split(root, train=train) for train in (True, False)]
+    except (RuntimeError, EOFError, ValueError):  # missing, or its MD5 does not match
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / f".{name}.lock"):
+                sets = [open_split(root, train=train, download=True) for train in (True, False)]
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            if isinstance(error, PermissionError):
+                raise UserError(f"cannot write to {root}: set SILALIB_DATA to a folder of yours") from None
+            state = "damaged" if where.exists() and any(where.iterdir()) else "missing"
+            raise MissingData(
+                f"no network and {where} is {state}: put {DATASETS[name].title} there, or use --profile quick"
+            ) from None
+    arrays = []
+    for split in sets:
+        pixels = torch.as_tensor(split.data)
+        arrays += [
+            pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2),
+            torch.as_tensor(split.targets).long(),
+        ]
+    return arrays
+
+
+def balanced_order(labels, seed=0):
+    """A fixed order of the images in which every prefix holds the classes in equal parts, as near as it can."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = labels[shuffled].argsort(stable=True)
+    counts = labels.bincount()
+    rank = torch.cat([torch.arange(n) for n in counts])  # of each image within its class
+    return shuffled[by_class[rank.argsort(stable=True)]]
+
+
+def splits(run, device):
+    """What `run` trains on, holds out and tests on, on `device`: {"train", "holdout", "test"} -> Split, and the Images.
+
+    train_size and holdout take fixed, class-balanced subsets of the training images, the same for every seed.
+    """
+    whole = load(run.dataset)
+    order = balanced_order(whole.train_labels)
+    available = len(order) - run.holdout
+    if (run.train_size or 1) > available:
+        raise UserError(
+            f"train_size {run.train_size} with holdout {run.holdout}: {run.dataset} has {len(order)} images"
+        )
+    chosen = {"train": order[: run.train_size or available].sort().values, "holdout": order[available:].sort().values}
+    result = {k: _split(whole.train_images[i], whole.train_labels[i], device) for k, i in chosen.items()}
+    result["test"] = _split(whole.test_images, whole.test_labels, device)
+    return result, whole.checksum
+
+
+def _split(images, labels, device):
+    return Split(images.permute(0, 2, 3, 1).contiguous().to(device), labels.to(device))
+
+
+def normalisation(split):
+    """Per-channel mean and standard deviation of a split's pixels, in units of 1/255 of the range; shape (C,) each."""
+    pixels = split.images.flatten(0, 2)
+    counts = torch.stack([pixels[:, c].int().bincount(minlength=256) for c in range(pixels.shape[1])]).double().cpu()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    std = (share @ levels**2 - mean**2).sqrt()
+    return mean.float(), std.float()

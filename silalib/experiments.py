@@ -1,0 +1,126 @@
+"""The grid of each exhibit at each profile, as code: `table1("quick")` -> list of Runs.
+
+A profile scales the paper's protocol, it never skips a row. quick: digits and narrow networks, a stand-in for the
+real data; small: real data within reach of two cores; short: a tenth of the schedule; paper: the paper's own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .data import DATASETS
+from .errors import UserError
+from .losses import LABELS
+from .runs import PAPER_MILESTONES, Run
+
+PROFILES = ("quick", "small", "short", "paper")
+
+TABLE1_PAIRS = (
+    ("mobilenet", "mobilenet"),
+    ("resnet18", "resnet18"),
+    ("mobilenet", "resnet18"),
+    ("vgg13", "vgg13"),
+    ("mobilenet", "vgg13"),
+)
+"""The pairs of Table 1, in its order of rows."""
+
+
+def check_profile(profile):
+    if profile not in PROFILES:
+        raise UserError(f"unknown profile {profile!r}: choose from {', '.join(PROFILES)}")
+
+
+def scaled_milestones(epochs):
+    """The paper's milestones out of 260 epochs for a schedule of another length; the trainer rounds them to steps."""
+    return tuple(round(m * epochs / 260, 4) for m in PAPER_MILESTONES)
+
+
+def default_seeds(exhibit, profile):
+    """Three seeds; in quick two for Table 1 and Figure 6 and one elsewhere."""
+    check_profile(profile)
+    if profile != "quick":
+        return (0, 1, 2)
+    return (0, 1) if exhibit in ("table1", "fig3", "fig6") else (0,)
+
+
+def cifar_run(profile, nets, **changes):
+    """One training of Tables 1 and 2 at a profile."""
+    settings = {
+        "quick": dict(
+            dataset="digits", train_size=320, batch_size=32, epochs=10, width=0.125, augment="crop",
+            milestones=scaled_milestones(10), gamma=0.5,
+        ),
+        "small": dict(train_size=10000, width=0.25, epochs=30, milestones=scaled_milestones(30)),
+        "short": dict(epochs=26, milestones=scaled_milestones(26)),
+        "paper": {},
+    }[profile]  # fmt: skip
+    return Run(nets=nets, **settings | changes)
+
+
+NOISE = {
+    "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2, hessian_images=50),
+    "small": dict(noise_images=1000, noise_sigmas=5, noise_draws=3),
+    "short": dict(noise_images=10000),
+    "paper": dict(noise_images=10000, hessian_images=2000),
+}
+"""Robustness is measured on Table 1's ResNet18 (Figure 7)."""
+
+
+def table1(profile="quick", seeds=None):
+    """Table 1: three networks alone and five pairs with three methods, 18 trainings a seed; `small` has ResNet18's."""
+    check_profile(profile)
+    pairs = [pair for pair in TABLE1_PAIRS if profile != "small" or set(pair) == {"resnet18"}]
+    runs = []
+    for seed in seeds or default_seeds("table1", profile):
+        for pair in pairs:
+            noise = NOISE[profile] if set(pair) == {"resnet18"} else {}
+            if pair[0] == pair[1]:
+                runs.append(cifar_run(profile, pair[:1], method="ind", seed=seed, **noise))
+            runs += [cifar_run(profile, pair, method=m, seed=seed, **noise) for m in LABELS if m != "ind"]
+    return runs
+
+
+def fig3(profile="quick", seeds=None):
+    """Figure 3: Table 1's ResNet18, independent and with SiLa."""
+    runs = table1(profile, seeds or default_seeds("fig3", profile))
+    return [run for run in runs if set(run.nets) == {"resnet18"} and run.method in ("ind", "sila")]
+
+
+def fig6(profile="quick", seeds=None):
+    """Figure 6: the 12-layer network with two features, independent and with SiLa, at 16 channels."""
+    check_profile(profile)
+    base = Run(
+        dataset="mnist", nets=("convnet12",), method="ind", width=0.25, epochs=20, milestones=(), warmup=0.0,
+        nesterov=False, augment="none", noise_images=1000, noise_sigmas=5, noise_draws=5, hessian_images=1000,
+    )  # fmt: skip
+    if profile == "quick":
+        base = replace(base, dataset="digits", train_size=320, batch_size=32, noise_images=0, hessian_images=0)
+    elif profile == "small":
+        base = replace(base, train_size=10000)
+    elif profile == "short":
+        base = replace(base, epochs=2)
+    runs = []
+    for seed in seeds or default_seeds("fig6", profile):
+        runs += [replace(base, seed=seed), replace(base, seed=seed, nets=("convnet12",) * 2, method="sila")]
+    return runs
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One table or figure of the paper: its grid, and the notebook that draws it."""
+
+    title: str
+    grid: Callable
+    notebook: str
+
+
+EXHIBITS = {
+    "table1": Exhibit("Table 1: CIFAR-100", table1, "01_table1_cifar100"),
+    "fig3": Exhibit("Figure 3: test accuracy by epoch", fig3, "04_fig3_training_curves"),
+    "fig6": Exhibit("Figure 6: features on MNIST", fig6, "07_fig6_mnist_features"),
+}
+
+
+def title(profile, dataset):
+    """What a figure or table is labelled with: the data it was trained on and the profile."""
+    stand_in = ", a stand-in for the real data" if profile == "quick" else ""
+    return f"{DATASETS[dataset].title}, profile {profile}{stand_in}"

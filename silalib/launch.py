@@ -1,0 +1,206 @@
+"""Train many runs on one machine: one process per worker, stopped cleanly by a signal or a budget."""
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from . import data, runs, trainer
+from .errors import MissingData, Stopped, UserError
+from .models import MODELS, count_macs
+from .progress import Progress, duration, numbers
+
+
+def train_all(pending, folder, device, workers, budget, only_whole, retry):
+    """Train the pending runs, each into folder/<key>; see `runs.ensure` for the arguments.
+
+    A run that fails does not keep the others from training; the failures are raised at the end.
+    """
+    if not pending:
+        return
+    device = trainer.pick_device(device)
+    for name in dict.fromkeys(run.dataset for run in pending):
+        data.fetch(name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or (cores if device.type == "cpu" else 1)
+    threads = max(1, cores // workers) if device.type == "cpu" else 1
+    if budget is None:  # the longest first, so that no worker is left with a long one at the end
+        pending = sorted(pending, key=cost, reverse=True)
+    deadline = None if budget is None else time.time() + budget
+    job = Job(folder, str(device), threads, deadline, only_whole, retry)
+    progress = Progress({run: cost(run) for run in pending})
+    try:
+        with interruptible() as stopped:
+            inline = workers == 1 or len(pending) == 1 and device.type == "cuda"
+            outcomes = (in_this_process if inline else in_workers)(pending, job, workers, stopped, progress)
+    finally:
+        progress.close()
+    failed = {run: e for run, e in outcomes.items() if isinstance(e, Exception) and not isinstance(e, Stopped)}
+    left = [run for run in pending if outcomes.get(run) is None or isinstance(outcomes[run], Stopped)]
+    if failed:
+        first = next(iter(failed.values()))
+        raise UserError(f"{len(failed)} of {len(pending)} runs failed, the first: {first}") from None
+    if left:
+        raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
+
+
+class Job:
+    """What every worker needs to know; plain values, so that it can be sent to another process."""
+
+    def __init__(self, folder, device, threads, deadline, only_whole, retry):
+        self.folder, self.device, self.threads = folder, device, threads
+        self.deadline, self.only_whole, self.retry = deadline, only_whole, retry
+
+    def train(self, run, stopped, tell):
+        """Train one run unless another process has done it meanwhile. Returns the outcome in words."""
+        folder = self.folder / run.key
+        parent = os.getppid()
+
+        def stop():
+            if stopped():
+                return "stopped"
+            if os.getppid() != parent:
+                return "the main process has gone"
+            if self.deadline and time.time() > self.deadline:
+                return "the budget is used up"
+            return None
+
+        if reason := stop():
+            raise Stopped(reason)
+        with runs.lock(folder, wait=lambda: not stop(), message=lambda text: tell(run=run, text=text)):
+            if runs.find(run) is None:
+                failure = folder / "failed.json"
+                if failure.exists() and not self.retry:
+                    raise UserError(f"{run} failed before ({failure}); --retry trains it again")
+                failure.unlink(missing_ok=True)
+                hurry = self.deadline - time.time() if self.deadline and self.only_whole else None
+                torch.set_num_threads(self.threads)
+                try:
+                    trainer.train(run, folder, self.device, stop, tell, hurry)
+                except trainer.Diverged as error:
+                    trainer.write_failure(folder, error)
+                    raise
+            record = runs.load(run)
+        seconds = record.result["provenance"]["seconds"]
+        return f"top-1 {numbers(head['top1'] for head in record.heads)} in {duration(seconds)}"
+
+
+def in_this_process(pending, job, workers, stopped, progress):
+    outcomes = {}
+    threads = torch.get_num_threads()
+    try:
+        for run in pending:
+            outcomes[run] = attempt(job, run, stopped.is_set, progress.message)
+            settle(run, outcomes[run], progress)
+    finally:
+        torch.set_num_threads(threads)
+    return outcomes
+
+
+def in_workers(pending, job, workers, stopped, progress):
+    context = multiprocessing.get_context("spawn")
+    messages, stop = context.Queue(), context.Event()
+    outcomes = {}
+    with ProcessPoolExecutor(
+        min(workers, len(pending)), context, initializer=start_worker, initargs=(messages, stop)
+    ) as pool:
+        futures = {pool.submit(work, job, run): run for run in pending}
+        try:
+            while futures:
+                if stopped.is_set():
+                    stop.set()
+                drain(messages, progress)
+                for future in [f for f in futures if f.done()]:
+                    run = futures.pop(future)
+                    outcomes[run] = future.result()
+                    settle(run, outcomes[run], progress)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process died (out of memory?): start again to go on, or with fewer --workers"
+            ) from None
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
+    return outcomes
+
+
+def drain(messages, progress):
+    """Hand on what the workers have said, waiting a moment for the first message."""
+    try:
+        progress.message(**messages.get(timeout=0.2))
+        while True:
+            progress.message(**messages.get_nowait())
+    except queue.Empty:
+        pass
+
+
+def settle(run, outcome, progress):
+    if isinstance(outcome, Stopped):
+        return
+    progress.finish(run, f"failed: {outcome}" if isinstance(outcome, Exception) else outcome)
+
+
+def attempt(job, run, stopped, tell):
+    """The outcome of one run: words, or the exception that ended it."""
+    try:
+        return job.train(run, stopped, tell)
+    except (UserError, MissingData) as error:
+        return error
+    except torch.OutOfMemoryError:
+        return UserError(
+            f"{run}: out of GPU memory at batch size {run.batch_size}: use fewer --workers or --device cpu"
+        )
+    except OSError as error:
+        return UserError(f"{run}: {error.strerror or error} ({error.filename or 'results folder'})")
+
+
+def start_worker(messages, stop):
+    """A worker leaves signals to the main process, which tells it when to stop."""
+    global _messages, _stop
+    _messages, _stop = messages, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def work(job, run):
+    return attempt(job, run, _stop.is_set, lambda **message: _messages.put(message))
+
+
+@contextmanager
+def interruptible():
+    """An event that SIGINT and SIGTERM set, so that training stops at the next batch; the second signal acts as usual."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    usual = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, frame):
+        stopped.set()
+        signal.signal(number, usual[number])
+
+    for number in usual:
+        signal.signal(number, ask)
+    try:
+        yield stopped
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+@cache
+def cost(run):
+    """Relative cost of a run: multiply-accumulates of its training and of the test set after each epoch."""
+    spec = data.DATASETS[run.dataset]
+    with torch.device("meta"):
+        macs = sum(count_macs(MODELS[net](spec.classes, spec.image[0], run.width), spec.image) for net in run.nets)
+    return run.epochs * macs * (3 * (run.train_size or spec.train) + spec.test)

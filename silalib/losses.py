@@ -1,0 +1,125 @@
+"""The losses of "Siamese Labels Auxiliary Learning" (arXiv 2103.00200); this module needs torch alone.
+
+Every loss takes the logits of C heads (C networks, or the C exits of one network) as a list of tensors
+(B, N), and one target (B,) of class indices. With, for head c and one sample,
+
+    z_c                      its logits, shape (N,)
+    s_c = logsumexp(z_c)     its log-partition, the negative free energy
+    S   = logsumexp(s_1 .. s_C)
+
+the cross-entropy over the C*N siamese labels (equations 8 and 9) is S - z_c[y], so one logsumexp serves all
+C terms and the concatenation of equation 9 is never built:
+
+    L_sila = sum_c beta_c (S   - z_c[y])       equation 10
+    L_ind  = sum_c beta_c (s_c - z_c[y])       independent training
+    L_sila - L_ind = sum_c beta_c (S - s_c)    the coupling: a peer enters through its s alone
+
+Half-precision logits are computed in float32: in bfloat16 the gradient is off by several percent.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def siamese_labels(logits, target, betas=None, coupling=1.0, reduction="mean"):
+    """The SiLa loss, equations 8 to 11: sum over heads of beta_c times the siamese cross-entropy.
+
+    logits: sequence of C tensors (B, N), C >= 1; the gradient flows into every one, nothing is detached.
+    target: (B,) class indices, 0 to N-1.
+    betas: C weights, 1 each by default.
+    coupling: weight of the coupling beside the independent terms; 1 is SiLa, 0 independent training.
+    reduction: "mean" or "sum" over the batch, or "none" for shape (B,).
+    Raises ValueError for an empty list, shapes that differ, a wrong number of betas, an unknown reduction.
+    """
+    logits = _checked(logits, target)
+    if betas is not None and len(betas) != len(logits):
+        raise ValueError(f"{len(betas)} betas for {len(logits)} heads: give one weight per head")
+    s = torch.stack([z.logsumexp(1) for z in logits])
+    truth = torch.stack([z.gather(1, target[:, None])[:, 0] for z in logits])
+    # At coupling 0 lerp returns s itself, so `independent` is this very computation, to the last bit.
+    losses = torch.lerp(s, s.logsumexp(0, keepdim=True), float(coupling)) - truth
+    if betas is not None:
+        losses = torch.stack([beta * loss for beta, loss in zip(betas, losses)])
+    return _reduced(losses.sum(0), reduction)
+
+
+def independent(logits, target, betas=None, reduction="mean"):
+    """IND: sum over heads of beta_c times the ordinary cross-entropy (equation 1). Arguments as in `siamese_labels`."""
+    return siamese_labels(logits, target, betas, coupling=0.0, reduction=reduction)
+
+
+def mutual_kl(logits, temperature=1.0, reduction="mean"):
+    """The mimicry term of DML: sum over heads c of the mean over peers k of KL(p_k || p_c), p = softmax(z / temperature).
+
+    The peer p_k is a fixed target (detached), so head c is pulled towards its peers and never pulls them.
+    Scaled by temperature squared, which keeps the gradient's size. Zhang et al., Deep Mutual Learning, 2018.
+    Shapes and reduction as in `siamese_labels`. Raises ValueError for fewer than two heads.
+    """
+    logits = _checked(logits)
+    if len(logits) < 2:
+        raise ValueError("mutual learning needs at least two heads")
+    log_p = [F.log_softmax(z / temperature, 1) for z in logits]
+    targets = [lp.detach() for lp in log_p]
+    kl = sum(
+        F.kl_div(log_p[c], targets[k], reduction="none", log_target=True).sum(1)
+        for c in range(len(logits))
+        for k in range(len(logits))
+        if k != c
+    )
+    return _reduced(kl * (temperature**2 / (len(logits) - 1)), reduction)
+
+
+def mutual_learning(logits, target, betas=None, reduction="mean"):
+    """DML: independent training plus the mimicry term."""
+    return independent(logits, target, betas, reduction) + mutual_kl(logits, reduction=reduction)
+
+
+def siamese_mutual_learning(logits, target, betas=None, coupling=1.0, reduction="mean"):
+    """SiLa+DML: the SiLa loss plus the mimicry term; cross-entropy is not counted twice."""
+    return siamese_labels(logits, target, betas, coupling, reduction) + mutual_kl(logits, reduction=reduction)
+
+
+METHODS = {
+    "ind": independent,
+    "sila": siamese_labels,
+    "dml": mutual_learning,
+    "sila+dml": siamese_mutual_learning,
+}
+"""Method name -> loss(logits, target, betas=None, reduction="mean"), as in the rows of Tables 1 to 3."""
+
+LABELS = {"ind": "IND", "sila": "SiLa", "dml": "DML", "sila+dml": "SiLa+DML"}
+"""Method name -> the paper's spelling, in the paper's order of rows."""
+
+
+class SiameseLabelsLoss(torch.nn.Module):
+    """`siamese_labels` as a module: `SiameseLabelsLoss()([net1(x), net2(x)], y)`."""
+
+    def __init__(self, betas=None, coupling=1.0, reduction="mean"):
+        super().__init__()
+        self.betas, self.coupling, self.reduction = betas, coupling, reduction
+
+    def forward(self, logits, target):
+        return siamese_labels(logits, target, self.betas, self.coupling, self.reduction)
+
+
+def _checked(logits, target=None):
+    """The logits as a list of float tensors of one shape (B, N), float32 at least."""
+    logits = list(logits)
+    if not logits:
+        raise ValueError("no logits: give a list with one tensor (batch, classes) per head")
+    shapes = [tuple(z.shape) for z in logits]
+    if len(shapes[0]) != 2 or any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"logits of shapes {shapes}: every head needs the same (batch, classes)")
+    if target is not None and tuple(target.shape) != shapes[0][:1]:
+        raise ValueError(
+            f"target of shape {tuple(target.shape)} for logits {shapes[0]}: give one class index per sample"
+        )
+    return [z.float() if z.dtype in (torch.float16, torch.bfloat16) else z for z in logits]
+
+
+def _reduced(losses, reduction):
+    if reduction == "none":
+        return losses
+    if reduction in ("mean", "sum"):
+        return getattr(losses, reduction)()
+    raise ValueError(f"reduction {reduction!r}: use 'mean', 'sum' or 'none'")

@@ -1,0 +1,59 @@
+"""The networks of the paper. MODELS: name -> factory(num_classes, in_channels=3, width=1.0).
+
+`width` scales every layer's channels (and VGG's 4096 units); 1 is the published network.
+"""
+
+from math import prod
+
+import torch
+from torch import nn
+
+from .convnet import convnet12
+from .mobilenet import mobilenet
+from .resnet import resnet18, resnet34
+from .vgg import vgg13, vgg19
+
+MODELS = {
+    "mobilenet": mobilenet,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "vgg13": vgg13,
+    "vgg19": vgg19,
+    "convnet12": convnet12,
+}
+
+NAMES = {
+    "mobilenet": "MobileNet",
+    "resnet18": "ResNet18",
+    "resnet34": "ResNet34",
+    "vgg13": "VGG13",
+    "vgg19": "VGG19",
+    "convnet12": "12-layer ConvNet",
+}
+"""Network name -> the paper's spelling."""
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model, input_shape):
+    """Multiply-accumulates of the convolutions and linear layers in one forward pass of one image (C, H, W)."""
+    total = 0
+
+    def add(module, inputs, output):
+        nonlocal total
+        # every output element is one inner product over the weights of its channel
+        total += output[0].numel() * prod(module.weight.shape[1:])
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [m.register_forward_hook(add) for m in layers]
+    training, device = model.training, next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model.eval()(torch.empty(1, *input_shape, device=device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total

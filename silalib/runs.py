@@ -1,0 +1,357 @@
+"""A run is its configuration; its record on disk is the evidence.
+
+`Run` holds everything that changes a result. `ensure(runs)` loads the records of finished runs, resumes unfinished
+ones and trains missing ones; `load(run)` reads one record; `load_network(run, head)` gives back a trained network.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from .augment import AUGMENTATIONS
+from .data import DATASETS
+from .errors import UserError
+from .losses import LABELS, METHODS
+from .models import MODELS
+from .paths import results_folder
+
+PROTOCOL = 1
+"""Raised when training changes its meaning: records of another protocol are refused."""
+
+PAPER_MILESTONES = (30, 55, 80, 105, 135, 160, 180, 200, 220, 240)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: C networks (or one network with C exits) on one data set with one method and seed.
+
+    The defaults are the paper's protocol for Tables 1 and 2, completed by our decisions where it is silent.
+    """
+
+    dataset: str = "cifar100"
+    nets: tuple = ("resnet18", "resnet18")
+    method: str = "sila"
+    seed: int = 0
+    width: float = 1.0  # of every network
+    betas: tuple | None = None  # one weight per head, None for 1 each
+    coupling: float = 1.0  # SiLa's coupling beside the independent terms
+    epochs: int = 260
+    batch_size: int = 128  # the last incomplete batch of an epoch is dropped
+    lr: float = 0.1
+    milestones: tuple = PAPER_MILESTONES  # in epochs, whole or not
+    gamma: float = 0.5  # factor on the learning rate at each milestone
+    warmup: float = 1.0  # epochs of linear warm-up
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    augment: str = "crop+flip"
+    train_size: int | None = None  # a fixed, class-balanced subset
+    holdout: int = 0  # training images kept out, for calibration
+    noise_images: int = 0  # training images under parameter noise at the end (Figure 7b); 0 leaves it out
+    noise_sigmas: int = 10
+    noise_draws: int = 10
+    hessian_images: int = 0  # training images for the largest Hessian eigenvalue at the end; 0 leaves it out
+
+    def __post_init__(self):
+        nets = (self.nets,) if isinstance(self.nets, str) else tuple(self.nets)
+        object.__setattr__(self, "nets", nets)
+        object.__setattr__(self, "method", self.method.lower())
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        self._validate()
+
+    def _validate(self):
+        for name, value, known in [
+            ("data set", self.dataset, DATASETS),
+            ("method", self.method, METHODS),
+            ("augmentation", self.augment, AUGMENTATIONS),
+            *[("network", net, MODELS) for net in self.nets],
+        ]:
+            if value not in known:
+                raise UserError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        if not self.nets:
+            raise UserError("a run needs at least one network")
+        if "dml" in self.method and len(self.nets) < 2:
+            raise UserError(f"{LABELS[self.method]} needs at least two networks")
+        if self.betas is not None and len(self.betas) != len(self.nets):
+            raise UserError(f"{len(self.betas)} betas for {len(self.nets)} networks: give one each")
+        if self.coupling != 1 and "sila" not in self.method:
+            raise UserError(f"coupling belongs to SiLa; {LABELS[self.method]} has none")
+        for name in ("width", "epochs", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("seed", "warmup", "momentum", "weight_decay", "holdout", "noise_images", "hessian_images"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.train_size is not None and self.train_size < self.batch_size:
+            raise UserError(f"train_size {self.train_size} is below the batch size {self.batch_size}")
+
+    @property
+    def config(self):
+        """The full configuration as plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def key(self):
+        """A readable prefix and a hash of the fields that are not at their default: a new field keeps old keys."""
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = {k: v for k, v in asdict(self).items() if v != defaults[k]}
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.dataset}-{'+'.join(self.nets)}-{self.method}-s{self.seed}-{digest}"
+
+    def __str__(self):
+        return f"{self.dataset} {'+'.join(self.nets)} {LABELS[self.method]} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run left on disk; files are verified when they are read.
+
+    result: final metrics per head (a list), curvature, provenance. history: data frame with a row per epoch and head.
+    test, features: arrays by name, one entry per head with suffix _0, _1 ..; noise: data frame, empty if not measured.
+    """
+
+    run: Run
+    path: Path
+    result: dict
+
+    @property
+    def heads(self):
+        return self.result["heads"]
+
+    @cached_property
+    def history(self):
+        return self._table("history.csv")
+
+    @cached_property
+    def noise(self):
+        return self._table("noise.csv")
+
+    @cached_property
+    def test(self):
+        return self._arrays("test.npz")
+
+    @cached_property
+    def features(self):
+        return self._arrays("features.npz")
+
+    def read(self, name):
+        """The bytes of one of the record's files, checked against result.json."""
+        path = self.path / name
+        expected = self.result["files"].get(name)
+        if expected is None:
+            raise UserError(f"the record {self.path} has no {name}: the run was not asked for it")
+        if not path.exists():
+            raise UserError(f"{path} is missing: delete its folder to train the run again")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise UserError(f"{path} is damaged: delete its folder to train the run again")
+        return content
+
+    def _table(self, name):
+        import pandas as pd
+
+        return pd.read_csv(io.BytesIO(self.read(name)), float_precision="round_trip")
+
+    def _arrays(self, name):
+        with np.load(io.BytesIO(self.read(name)), allow_pickle=False) as arrays:
+            return {k: arrays[k] for k in arrays.files}
+
+
+def write_atomically(path, content):
+    """Write bytes under a temporary name, flush them to disk, rename: the file is whole or not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value):
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def to_csv(rows):
+    """A list of dicts as CSV; columns of all rows, numbers in full precision."""
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def to_npz(arrays):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def write_record(run, folder, result, files):
+    """Write a finished run: its files first, result.json with their checksums last, which marks it as finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    write_atomically(folder / "run.json", to_json({"protocol": PROTOCOL, "config": run.config}))
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    write_atomically(folder / "result.json", to_json({**result, "files": sums}))
+    for leftover in ("checkpoint.pt", "failed.json"):
+        (folder / leftover).unlink(missing_ok=True)
+    return load_folder(run, folder)
+
+
+def find(run):
+    """The folder of the run's record, finished in whichever profile, or None."""
+    for result in sorted(results_folder("*").parent.glob(f"*/runs/{run.key}/result.json")):
+        return result.parent
+    return None
+
+
+def load(run):
+    """The Record of a finished run. Raises UserError where it is missing, damaged, or of another protocol."""
+    folder = find(run)
+    if folder is None:
+        raise UserError(f"no record of {run.key}: train it with ensure([run]), or python -m silalib train")
+    return load_folder(run, folder)
+
+
+def load_folder(run, folder):
+    try:
+        identity = json.loads((folder / "run.json").read_bytes())
+        result = json.loads((folder / "result.json").read_bytes())
+        config, protocol = identity["config"], identity["protocol"]
+        result["heads"], result["files"], result["provenance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is damaged: delete it to train the run again") from None
+    if protocol != PROTOCOL:
+        raise UserError(f"{folder} was trained under protocol {protocol}, this is {PROTOCOL}: move it away")
+    changed = [k for k, v in run.config.items() if k in config and config[k] != v]
+    if changed:
+        raise UserError(f"{folder} was trained with another {', '.join(changed)}: a default changed; move it away")
+    return Record(run, folder, result)
+
+
+def state(run):
+    """Where a run stands: "done", "damaged", "running", "failed", "started" (a checkpoint is there) or "pending"."""
+    if find(run) is not None:
+        try:
+            record = load(run)
+            for name in record.result["files"]:
+                if not name.endswith(".safetensors"):
+                    record.read(name)
+        except UserError:
+            return "damaged"
+        return "done"
+    folders = list(results_folder("*").parent.glob(f"*/runs/{run.key}"))
+    if any(_is_locked(folder) for folder in folders):
+        return "running"
+    for name, label in [("failed.json", "failed"), ("checkpoint.pt", "started")]:
+        if any((folder / name).exists() for folder in folders):
+            return label
+    return "pending"
+
+
+def _is_locked(folder):
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a results folder that cannot be written has no process training in it
+        return False
+
+
+@contextmanager
+def lock(folder, wait, message=lambda text: None):
+    """Hold a run's folder for this process; the operating system lets go of a dead process's lock.
+
+    wait() is asked every half second whether to go on waiting for another process.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / ".lock")
+        told = False
+        while True:
+            try:
+                held.acquire(timeout=0.5 if told else 0)
+                break
+            except Timeout:
+                if not told:
+                    message("another process is training this run: waiting for it")
+                told = True
+                if not wait():
+                    raise UserError("stopped while waiting for another process") from None
+    except PermissionError:
+        raise UserError(f"cannot write to {folder}: set SILALIB_RESULTS to a folder of yours") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def ensure(runs, profile="quick", device="auto", workers=None, train=True, budget=None, only_whole=False, retry=False):
+    """Records of the runs, as a dict in their order: finished ones are loaded, unfinished resumed, missing trained.
+
+    profile: the folder under results/ for new records. device: "auto", "cpu", "cuda" or "cuda:1".
+    workers: runs trained at once, by default one per CPU core on a CPU (one thread each) and one on a GPU.
+    train: False only loads; a run without a record is then left out of the dict.
+    budget: seconds after which training stops cleanly; only_whole starts no run that would not end in it.
+    retry: train runs again that failed before.
+    Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
+    """
+    from . import launch
+
+    runs = list(dict.fromkeys(runs))
+    if train:
+        pending = [run for run in runs if find(run) is None]
+        launch.train_all(pending, results_folder(profile) / "runs", device, workers, budget, only_whole, retry)
+    records = {}
+    for run in runs:
+        if find(run) is not None:
+            try:
+                records[run] = load(run)
+            except UserError:
+                if train:
+                    raise
+    return records
+
+
+def load_network(run, head=0):
+    """The trained network `head` of a finished run, in evaluation mode, on the CPU.
+
+    It takes uint8 images (B, C, H, W), or floats from 0 to 1, and gives logits (B, N); its second module is the bare
+    network, its first the normalisation. Raises UserError where the weights were not kept.
+    """
+    import torch
+    from safetensors.torch import load as load_tensors
+
+    from .augment import Normalise
+
+    record = load(run)
+    if not 0 <= head < len(run.nets):
+        raise UserError(f"head {head}: this run has heads 0 to {len(run.nets) - 1}")
+    if not (record.path / "weights.safetensors").exists():
+        raise UserError(f"the weights of {run.key} were not kept: delete {record.path} and train the run again")
+    tensors = load_tensors(record.read("weights.safetensors"))
+    spec = DATASETS[run.dataset]
+    network = MODELS[run.nets[head]](spec.classes, spec.image[0], run.width)
+    prefix = f"{head}."
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return torch.nn.Sequential(Normalise(tensors["mean"], tensors["std"]), network).eval()

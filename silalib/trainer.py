@@ -1,0 +1,438 @@
+"""One short loop for every method and every network: one backward of the summed loss, one optimizer.
+
+The learning rate and all randomness are pure functions of the step, so a resumed run ends where an uninterrupted one
+does, and every method with the same seed sees the same data in the same order.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import subprocess
+import time
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import data, metrics, robustness
+from .augment import Normalise, crop_flip, epoch_plan, pad
+from .errors import Stopped, UserError
+from .losses import METHODS
+from .models import MODELS, count_macs, count_parameters
+from .paths import ROOT
+from .randomness import derive
+from .runs import PROTOCOL, to_csv, to_json, to_npz, write_atomically, write_record
+
+EVAL_BATCH = 500
+CHECKPOINT_SECONDS = 60
+
+
+class Diverged(UserError):
+    """The loss became infinite or not a number."""
+
+
+def learning_rate(run, step, steps_per_epoch):
+    """The learning rate at a step (from 0): linear warm-up, then lr * gamma^(milestones passed)."""
+    warmup = run.warmup * steps_per_epoch
+    passed = sum(step >= round(m * steps_per_epoch) for m in run.milestones)
+    return run.lr * run.gamma**passed * min(1.0, (step + 1) / warmup if warmup else 1.0)
+
+
+def build(run, slot):
+    """The network of one slot with its initial weights, a function of (seed, slot) alone."""
+    spec = data.DATASETS[run.dataset]
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(derive(run.seed, "weights", slot))
+        return MODELS[run.nets[slot]](spec.classes, spec.image[0], run.width)
+
+
+def precision(run, device):
+    """torch.bfloat16 where it pays, else torch.float32: on GPUs, and on CPUs with bfloat16 units for wide networks."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dense = all(net.startswith(("resnet", "vgg")) for net in run.nets)
+    return torch.bfloat16 if units and dense and run.width >= 0.25 else torch.float32
+
+
+def pick_device(name):
+    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device. Raises UserError where it is absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} is not here ({torch.cuda.device_count()} GPUs found): use --device cpu or auto")
+    return device
+
+
+def train(run, folder, device="auto", stop=lambda: None, progress=lambda **message: None, hurry=None):
+    """Train one run to its end, or on from its checkpoint in `folder`, and write its record there.
+
+    stop() is asked after every step; a true answer (the reason) checkpoints and raises Stopped.
+    progress(**message) hears of each epoch. hurry, in seconds: give up with Stopped as soon as the measured speed
+    says that the run will not end in that time. Raises Diverged for a loss that is not finite.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return Training(run, folder, pick_device(device), stop, progress, hurry).finish()
+
+
+class Training:
+    """The state of one run in progress."""
+
+    def __init__(self, run, folder, device, stop, progress, hurry):
+        self.run, self.folder, self.device = run, Path(folder), device
+        self.stop, self.progress, self.hurry = stop, progress, hurry
+        self.splits, self.data_checksum = data.splits(run, device)
+        self.target = self.splits["train"].labels
+        self.padded = pad(self.splits["train"].images, run.augment)
+        self.normalise = Normalise(*data.normalisation(self.splits["train"])).to(device)
+        self.nets = [build(run, slot).to(device, memory_format=torch.channels_last) for slot in range(len(run.nets))]
+        self.dropout = [any(isinstance(m, nn.Dropout) for m in net.modules()) for net in self.nets]
+        self.dtype = precision(run, device)
+        self.loss = METHODS[run.method]
+        self.loss_arguments = {"betas": run.betas} | ({"coupling": run.coupling} if "sila" in run.method else {})
+        self.optimizer = torch.optim.SGD(
+            [p for net in self.nets for p in net.parameters()],
+            lr=run.lr,
+            momentum=run.momentum,
+            nesterov=run.nesterov and run.momentum > 0,
+            weight_decay=run.weight_decay,
+            fused=True,
+        )
+        self.steps_per_epoch = len(self.target) // run.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(f"batch size {run.batch_size} is above the {len(self.target)} training images")
+        self.total = run.epochs * self.steps_per_epoch
+        self.step, self.rows, self.sums, self.seconds = 0, [], None, 0.0
+        self.checkpoint = self.folder / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self.resume()
+
+    # -- the loop
+
+    def finish(self):
+        started = self.saved = time.monotonic()
+        first, before = self.step, self.seconds
+        while self.step < self.total:
+            epoch, i = divmod(self.step, self.steps_per_epoch)
+            if i == 0 or self.step == first:
+                plan = epoch_plan(self.run, epoch, len(self.target), self.device)
+                epoch_started = time.monotonic()
+            batch = slice(i * self.run.batch_size, (i + 1) * self.run.batch_size)
+            self.one_step(*(part[batch] for part in plan))
+            self.step += 1
+            self.seconds = before + time.monotonic() - started
+            if i + 1 == self.steps_per_epoch:
+                self.end_of_epoch(epoch, time.monotonic() - epoch_started)
+                self.seconds = before + time.monotonic() - started
+            self.pause(first, started)
+        return self.write()
+
+    def one_step(self, index, offset, flip):
+        """Equation 10 on one batch: forward of every network, one loss, one backward, one update."""
+        images = crop_flip(self.padded, index, offset, flip, data.DATASETS[self.run.dataset].image[1:])
+        target = self.target[index]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.run, self.step, self.steps_per_epoch)
+        self.optimizer.zero_grad()
+        logits = self.forward(images, training=True)
+        for z in logits:
+            z.retain_grad()
+        self.loss(logits, target, **self.loss_arguments).backward()
+        self.optimizer.step()
+        sums = statistics([z.detach() for z in logits], [z.grad for z in logits], target)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def forward(self, images, training=False, nets=None):
+        """float32 logits (B, N) of every head for uint8 images (B, H, W, C)."""
+        x = self.normalise(images.permute(0, 3, 1, 2))
+        logits = []
+        for slot, net in enumerate(nets or self.nets):
+            net.train(training)
+            if training and self.dropout[slot]:
+                torch.manual_seed(derive(self.run.seed, "dropout", slot, self.step))
+            with self.autocast():
+                z = net(x)
+            logits += z if isinstance(z, tuple) else [z]
+        return [z.float() for z in logits]
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def end_of_epoch(self, epoch, seconds_train):
+        began = time.monotonic()
+        # row count of a batch mean: the sums hold one entry per step
+        means = (self.sums / self.steps_per_epoch).tolist()
+        self.sums = None
+        lr = learning_rate(self.run, self.step - 1, self.steps_per_epoch)
+        test = [metrics.summary(z, self.splits["test"].labels) for z in self.predict(self.splits["test"].images)]
+        norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt().item() for net in self.nets]
+        seconds_test = time.monotonic() - began
+        for head, values in enumerate(means):
+            self.rows.append(
+                {"epoch": epoch + 1, "head": head, "lr": lr}
+                | dict(zip(STATISTICS, values))
+                | {f"test_{k}": v for k, v in test[head].items()}
+                | {"weight_norm": norms[min(head, len(norms) - 1)]}
+                | {"seconds_train": round(seconds_train, 4), "seconds_test": round(seconds_test, 4)}
+            )
+        if not all(math.isfinite(values[0]) for values in means):
+            raise Diverged(f"{self.run}: the loss is not finite in epoch {epoch + 1}, step {self.step}, lr {lr:g}")
+        self.report(top1=[round(t["top1"], 2) for t in test])
+
+    @torch.no_grad()
+    def predict(self, images, nets=None):
+        """float32 logits (n, N) of every head, in evaluation mode."""
+        batches = [self.forward(images[i : i + EVAL_BATCH], nets=nets) for i in range(0, len(images), EVAL_BATCH)]
+        return [torch.cat(head) for head in zip(*batches)]
+
+    # -- interruption
+
+    def report(self, **more):
+        self.progress(run=self.run, step=self.step, total=self.total, epoch=self.step // self.steps_per_epoch, **more)
+
+    def pause(self, first, started):
+        """After a step: save once a minute, and stop when asked to, or when the run would not end in time."""
+        reason = self.stop()
+        if self.hurry is not None and not reason:
+            elapsed, done = time.monotonic() - started, self.step - first
+            if elapsed > 5 and elapsed / done * (self.total - first) > self.hurry:
+                reason = "it would not end in the budget"
+        if reason:
+            self.save()
+            raise Stopped(f"{self.run}: {reason}; step {self.step} of {self.total} is saved")
+        if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+            self.save()
+
+    def save(self):
+        state = {
+            "protocol": PROTOCOL,
+            "config": json.dumps(self.run.config),
+            "step": self.step,
+            "rows": self.rows,
+            "sums": self.sums,
+            "seconds": self.seconds,
+            "nets": [net.state_dict() for net in self.nets],
+            "optimizer": self.optimizer.state_dict(),
+        }
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.checkpoint, buffer.getbuffer())
+        self.saved = time.monotonic()
+
+    def resume(self):
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if state["protocol"] != PROTOCOL or json.loads(state["config"]) != self.run.config:
+            raise UserError(f"{self.checkpoint} is of another configuration: delete it to train the run from its start")
+        for net, weights in zip(self.nets, state["nets"]):
+            net.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.rows, self.sums, self.seconds = (state[k] for k in ("step", "rows", "sums", "seconds"))
+        self.report(resumed=True)
+
+    # -- the record
+
+    def write(self):
+        """The final evaluations, and the record. Everything is measured now: weights are rarely kept."""
+        began = time.monotonic()
+        run, train, test = self.run, self.splits["train"], self.splits["test"]
+        spec = data.DATASETS[run.dataset]
+        logits = self.predict(test.images)
+        clean = [metrics.summary(z, train.labels) for z in self.predict(train.images)]
+        heads, arrays = [], {"labels": test.labels.cpu().short().numpy()}
+        for head, z in enumerate(logits):
+            net = self.nets[min(head, len(self.nets) - 1)]
+            rows = [row for row in self.rows if row["head"] == head]
+            best = max(rows, key=lambda row: row["test_top1"])
+            heads.append(
+                {"network": run.nets[min(head, len(run.nets) - 1)]}
+                | metrics.summary(z, test.labels)
+                | {"best": best["test_top1"], "best_epoch": best["epoch"]}
+                | {f"train_{k}": v for k, v in clean[head].items()}
+                | {"parameters": count_parameters(net), "macs": count_macs(net, spec.image)}
+            )
+            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels).items()}
+        files = {"history.csv": to_csv(self.rows), "test.npz": to_npz(arrays)}
+        self.report(final="evaluations")
+        if all(hasattr(net, "embed") for net in self.nets):
+            files["features.npz"] = to_npz(self.features(heads))
+        if run.noise_images:
+            files["noise.csv"] = to_csv(self.noise())
+        if run.hessian_images:
+            for head, values in enumerate(self.curvature()):
+                heads[head]["curvature"] = values
+        files["weights.safetensors"] = self.weights()
+        result = {"heads": heads, "provenance": self.provenance(time.monotonic() - began)}
+        return write_record(run, self.folder, result, files)
+
+    @torch.no_grad()
+    def features(self, heads):
+        """Features before the last layer (Figure 6), its weights, and their concentration into `heads`."""
+        arrays = {}
+        subset = {"test": self.splits["test"], "train": self.splits["train"]}
+        for head, net in enumerate(self.nets):
+            net.eval()
+            for name, split in subset.items():
+                images, labels = split.images[:10000], split.labels[:10000]
+                f = torch.cat(
+                    [
+                        net.embed(self.normalise(images[i : i + EVAL_BATCH].permute(0, 3, 1, 2))).float()
+                        for i in range(0, len(images), EVAL_BATCH)
+                    ]
+                )
+                arrays[f"{name}_{head}"] = f.cpu().half().numpy()
+                arrays[f"{name}_labels"] = labels.cpu().to(torch.uint8).numpy()
+                heads[head][f"{name}_concentration"] = robustness.concentration(f, labels)
+            arrays[f"weight_{head}"] = net.fc.weight.detach().cpu().numpy()
+            arrays[f"bias_{head}"] = net.fc.bias.detach().cpu().numpy()
+        return arrays
+
+    def noise(self):
+        """Figure 7b: training NLL under noise on the parameters, on fixed, unaugmented training images."""
+        run, rows = self.run, []
+        images, labels = self.fixed_train_images(run.noise_images)
+        for head, net in enumerate(self.nets):
+            for kind in ("absolute", "filter"):
+                curve = robustness.parameter_noise(
+                    net,
+                    lambda net: self.predict(images, [net])[0],
+                    labels,
+                    run.noise_sigmas,
+                    run.noise_draws,
+                    kind,
+                    derive(run.seed, "noise", head),
+                )
+                rows += [{"head": head} | row for row in curve]
+            self.report(final=f"noise, network {head + 1} of {len(self.nets)}")
+        return rows
+
+    def curvature(self):
+        """Largest Hessian eigenvalues of each network's own training NLL, in float32, BatchNorm in evaluation mode."""
+        images, labels = self.fixed_train_images(self.run.hessian_images)
+        x = self.normalise(images.permute(0, 3, 1, 2))
+        for head, net in enumerate(self.nets):
+            net.eval()
+            values = {"images": len(labels)}
+            for name, scaled in (("absolute", False), ("filter", True)):
+                loss = lambda net=net: metrics.cross_entropy(net(x), labels).mean()  # noqa: E731
+                value, steps, residual = robustness.largest_eigenvalue(loss, net.parameters(), scaled)
+                values |= {name: value, f"{name}_steps": steps, f"{name}_residual": residual}
+            self.report(final=f"curvature, network {head + 1} of {len(self.nets)}")
+            yield values
+
+    def fixed_train_images(self, n):
+        """The first n training images in the balanced order: the same for every run on this data."""
+        chosen = data.balanced_order(self.target.cpu())[:n].to(self.device)
+        return self.splits["train"].images[chosen], self.target[chosen]
+
+    def weights(self):
+        from safetensors.torch import save
+
+        tensors = {"mean": self.normalise.mean, "std": self.normalise.std}
+        for slot, net in enumerate(self.nets):
+            tensors |= {f"{slot}.{k}": v for k, v in net.state_dict().items()}
+        return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+
+    def provenance(self, seconds_final):
+        gpu = self.device.type == "cuda"
+        return {
+            "silalib": code_version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if gpu else processor(),
+            "threads": torch.get_num_threads(),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "data_sha256": self.data_checksum,
+            "train_images": len(self.target),
+            "seconds": round(self.seconds, 1),
+            "seconds_final": round(seconds_final, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient")
+"""Columns of history.csv that are means over an epoch's augmented training batches; see `statistics`."""
+
+
+def statistics(logits, gradients, target):
+    """One row per head of means over a batch, float64 (C, 8), in the order of STATISTICS.
+
+    NLL and top-1 of the head alone; z_y, alpha (equation 4), s and mean |s_c - s_k| to the peers (NaN without one);
+    |dL_cross/dz_y| = 1 - p_y of equation 5; and |dL/dz_y| of the loss that is really trained, per sample.
+    """
+    s = torch.stack([z.logsumexp(1) for z in logits])
+    peers = len(logits) - 1
+    rows = []
+    for c, (z, gradient) in enumerate(zip(logits, gradients)):
+        z_y = z.gather(1, target[:, None])[:, 0]
+        nll = s[c] - z_y
+        gap = (s - s[c]).abs().sum(0) / peers if peers else torch.full_like(nll, torch.nan)
+        rows.append(
+            [
+                nll,
+                100 * metrics.in_top_k(z, target, 1),
+                z_y,
+                metrics.wrong_logsumexp(z, target),
+                s[c],
+                gap,
+                -torch.expm1(-nll),
+                gradient.gather(1, target[:, None])[:, 0].abs() * len(target),
+            ]
+        )
+    return torch.stack([torch.stack([v.double().mean() for v in row]) for row in rows])
+
+
+def per_image(logits, target):
+    """What test.npz keeps of one head: enough for calibration, comparison by image and the free energies."""
+    log_p = logits.log_softmax(1)
+    largest, predicted = log_p.max(1)
+    arrays = {
+        "log_probability": log_p.gather(1, target[:, None])[:, 0].half(),
+        "confidence": largest.exp().half(),
+        "predicted": predicted.short(),
+        "top5": metrics.in_top_k(logits, target, 5),
+        "s": logits.logsumexp(1).half(),
+    }
+    return {k: v.cpu().numpy() for k, v in arrays.items()}
+
+
+def code_version():
+    """{"code": hash of the package's source, "commit": of the checkout, "+" if it was changed}."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    version = {"code": digest.hexdigest()[:12]}
+    try:
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        version["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return version
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def write_failure(folder, error):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "failed.json", to_json({"error": str(error)}))
