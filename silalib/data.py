@@ -1,4 +1,4 @@
-"""The data sets. DATASETS: name -> Dataset; `load(name)` gives its images as uint8 tensors, `splits(run, device)` what a run needs.
+"""The data sets. DATASETS: name -> Dataset; `load(name)` gives its images, `splits(run, device)` what a run needs.
 
 `digits` (1,797 scans of 8x8 pixels that come with scikit-learn) is embedded and needs no network; MNIST and CIFAR
 come through torchvision, which downloads them once and checks their published MD5s. They live in the folder of the
@@ -36,7 +36,7 @@ class Dataset:
 
 
 DATASETS = {
-    "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1000, 797),
+    "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1297, 500),
     "mnist": Dataset(
         "MNIST",
         10,
@@ -116,12 +116,12 @@ def load(name):
 def fetch(name):
     """Download a data set that is not here yet; a cheap look where it is. Raises as `load` does."""
     folder = DATASETS[name].folder
-    if folder and not (data_folder() / folder).is_dir():
+    if folder and not any((data_folder() / folder).glob("*")):
         load(name)
 
 
 def _digits():
-    """The first thousand images to train on, the rest to test on, enlarged to 32x32 once."""
+    """The last 500 images to test on, the others to train on, enlarged to 32x32 once."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -150,7 +150,7 @@ def _from_torchvision(name):
         except (RuntimeError, OSError, EOFError, ValueError) as error:
             if isinstance(error, PermissionError):
                 raise UserError(f"cannot write to {root}: set SILALIB_DATA to a folder of yours") from None
-            state = "damaged" if where.exists() and any(where.iterdir()) else "missing"
+            state = "damaged" if any(where.glob("*")) else "missing"
             raise MissingData(
                 f"no network and {where} is {state}: put {DATASETS[name].title} there, or use --profile quick"
             ) from None

@@ -9,7 +9,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -22,42 +24,56 @@ from .progress import Progress, duration, numbers
 def train_all(pending, folder, device, workers, budget, only_whole, retry):
     """Train the pending runs, each into folder/<key>; see `runs.ensure` for the arguments.
 
-    A run that fails does not keep the others from training; the failures are raised at the end.
+    A run that fails, or whose data are missing, does not keep the others from training; that is raised at the end.
     """
-    if not pending:
-        return
     device = trainer.pick_device(device)
+    missing = {}
     for name in dict.fromkeys(run.dataset for run in pending):
-        data.fetch(name)
+        try:
+            data.fetch(name)
+        except MissingData as error:
+            missing[name] = error
+    here = [run for run in pending if run.dataset not in missing]
+    if budget is None:  # the longest first, so that no worker is left with a long one at the end
+        here.sort(key=cost, reverse=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or (cores if device.type == "cpu" else 1)
-    threads = max(1, cores // workers) if device.type == "cpu" else 1
-    if budget is None:  # the longest first, so that no worker is left with a long one at the end
-        pending = sorted(pending, key=cost, reverse=True)
-    deadline = None if budget is None else time.time() + budget
-    job = Job(folder, str(device), threads, deadline, only_whole, retry)
-    progress = Progress({run: cost(run) for run in pending})
-    try:
-        with interruptible() as stopped:
-            inline = workers == 1 or len(pending) == 1 and device.type == "cuda"
-            outcomes = (in_this_process if inline else in_workers)(pending, job, workers, stopped, progress)
-    finally:
-        progress.close()
-    failed = {run: e for run, e in outcomes.items() if isinstance(e, Exception) and not isinstance(e, Stopped)}
-    left = [run for run in pending if outcomes.get(run) is None or isinstance(outcomes[run], Stopped)]
+    job = Job(
+        folder,
+        str(device),
+        threads=max(1, cores // workers) if device.type == "cpu" else 1,
+        deadline=None if budget is None else time.time() + budget,
+        only_whole=only_whole,
+        retry=retry,
+    )
+    outcomes = {}
+    if here:
+        progress = Progress({run: cost(run) for run in here})
+        try:
+            with interruptible() as stopped:
+                outcomes = (in_this_process if workers == 1 else in_workers)(here, job, workers, stopped, progress)
+        finally:
+            progress.close()
+    failed = [e for e in outcomes.values() if isinstance(e, Exception) and not isinstance(e, Stopped)]
+    left = [run for run in here if outcomes.get(run) is None or isinstance(outcomes[run], Stopped)]
     if failed:
-        first = next(iter(failed.values()))
-        raise UserError(f"{len(failed)} of {len(pending)} runs failed, the first: {first}") from None
+        raise UserError(f"{len(failed)} of {len(pending)} runs failed, the first: {failed[0]}")
     if left:
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
+    for error in missing.values():
+        raise error
 
 
+@dataclass(frozen=True)
 class Job:
     """What every worker needs to know; plain values, so that it can be sent to another process."""
 
-    def __init__(self, folder, device, threads, deadline, only_whole, retry):
-        self.folder, self.device, self.threads = folder, device, threads
-        self.deadline, self.only_whole, self.retry = deadline, only_whole, retry
+    folder: Path
+    device: str
+    threads: int
+    deadline: float | None
+    only_whole: bool
+    retry: bool
 
     def train(self, run, stopped, tell):
         """Train one run unless another process has done it meanwhile. Returns the outcome in words."""
@@ -177,7 +193,7 @@ def work(job, run):
 
 @contextmanager
 def interruptible():
-    """An event that SIGINT and SIGTERM set, so that training stops at the next batch; the second signal acts as usual."""
+    """An event that SIGINT and SIGTERM set, so that training stops at the next batch; a second one acts as usual."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped

@@ -49,7 +49,7 @@ def independent(logits, target, betas=None, reduction="mean"):
 
 
 def mutual_kl(logits, temperature=1.0, reduction="mean"):
-    """The mimicry term of DML: sum over heads c of the mean over peers k of KL(p_k || p_c), p = softmax(z / temperature).
+    """The mimicry term of DML: sum over heads c of the mean over peers k of KL(p_k || p_c), p = softmax(z/temperature).
 
     The peer p_k is a fixed target (detached), so head c is pulled towards its peers and never pulls them.
     Scaled by temperature squared, which keeps the gradient's size. Zhang et al., Deep Mutual Learning, 2018.

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of (seed, purpose, network slot, epoch or step); nothing depends on a global generator."""
+"""Randomness as a pure function of (seed, purpose, slot, epoch or step); nothing depends on a global generator."""
 
 import hashlib
 

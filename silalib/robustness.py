@@ -19,7 +19,7 @@ def filter_norms(parameter):
 
 
 def noise_directions(parameters, kind, seed, draw):
-    """Unit Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or of the filter's norm ("filter")."""
+    """Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or of its filter's norm ("filter")."""
     g = generator(seed, "noise", draw)
     directions = []
     for p in parameters:
@@ -63,7 +63,7 @@ def parameter_noise(network, predict, target, sigmas, draws, kind, seed):
 
 
 def concentration(features, labels):
-    """Within-class over between-class scatter of features (n, d): trace(S_w) / trace(S_b), smaller is more concentrated."""
+    """Within- over between-class scatter of features (n, d): trace(S_w) / trace(S_b); smaller is more concentrated."""
     features = features.double()
     mean = features.mean(0)
     within = between = 0.0
@@ -95,14 +95,14 @@ def largest_eigenvalue(loss, parameters, scaled=False, steps=100, tolerance=1e-2
     def iterate(shift):
         g = generator(seed, "eigenvector")
         vector = _unit([torch.randn(p.shape, generator=g).to(p) for p in parameters])
-        for step in range(1, steps + 1):
+        for used in range(1, steps + 1):  # noqa: B007
             image = product(vector)
             value = _dot(vector, image)
             residual = sum((i - value * v).square().sum() for i, v in zip(image, vector)).sqrt() / value.abs()
             if residual < tolerance:
                 break
             vector = _unit([i - shift * v for i, v in zip(image, vector)])
-        return value.item(), step, residual.item()
+        return value.item(), used, residual.item()
 
     value, used, residual = iterate(0.0)
     if value < 0:

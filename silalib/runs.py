@@ -321,7 +321,8 @@ def ensure(runs, profile="quick", device="auto", workers=None, train=True, budge
     runs = list(dict.fromkeys(runs))
     if train:
         pending = [run for run in runs if find(run) is None]
-        launch.train_all(pending, results_folder(profile) / "runs", device, workers, budget, only_whole, retry)
+        if pending:
+            launch.train_all(pending, results_folder(profile) / "runs", device, workers, budget, only_whole, retry)
     records = {}
     for run in runs:
         if find(run) is not None:

@@ -59,7 +59,7 @@ def precision(run, device):
 
 
 def pick_device(name):
-    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device. Raises UserError where it is absent."""
+    """torch.device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Raises UserError if it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -327,7 +327,7 @@ class Training:
             net.eval()
             values = {"images": len(labels)}
             for name, scaled in (("absolute", False), ("filter", True)):
-                loss = lambda net=net: metrics.cross_entropy(net(x), labels).mean()  # noqa: E731
+                loss = lambda net=net: metrics.cross_entropy(net(x), labels).mean()
                 value, steps, residual = robustness.largest_eigenvalue(loss, net.parameters(), scaled)
                 values |= {name: value, f"{name}_steps": steps, f"{name}_residual": residual}
             self.report(final=f"curvature, network {head + 1} of {len(self.nets)}")

@@ -1,0 +1,178 @@
+"""The command line: python -m silalib train|status|report|data.
+
+Exit status: 0 all done, 75 stopped by the budget or a signal with work left, 1 a run or a page failed or data are
+missing, 2 wrong usage.
+"""
+
+import argparse
+import re
+import sys
+
+from .errors import MissingData, Stopped, UserError
+
+STOPPED = 75
+"""EX_TEMPFAIL: start again to go on."""
+
+
+def seconds(text):
+    """Seconds of a duration such as 90, 90s, 9m or 1.5h."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: use 90s, 9m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def at_least(lowest):
+    def whole_number(text):
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest}")
+        return int(text)
+
+    return whole_number
+
+
+def parser():
+    from .experiments import EXHIBITS, PROFILES
+
+    top = argparse.ArgumentParser(
+        prog="python -m silalib", description="Siamese Labels Auxiliary Learning, reproduced."
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name, text, action):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(action=action)
+        return sub
+
+    def with_grid(sub):
+        sub.add_argument("--profile", default="quick", choices=PROFILES)
+        sub.add_argument("--seeds", type=at_least(0), nargs="+", help="default: the profile's own")
+
+    def with_training(sub):
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        sub.add_argument("--workers", type=at_least(1), help="runs at once; default one per CPU core, or one on a GPU")
+        sub.add_argument("--budget", type=seconds, help="stop cleanly after this time, such as 9m; exit status 75")
+        sub.add_argument(
+            "--only-whole", action="store_true", help="with --budget: train no run that would not end in it"
+        )
+        sub.add_argument("--retry", action="store_true", help="train runs again that failed before")
+
+    sub = command("train", "train what an exhibit is missing", train)
+    sub.add_argument("exhibit", choices=[*EXHIBITS, "all"])
+    with_grid(sub)
+    with_training(sub)
+    sub = command("status", "what is done, running, pending or failed, and the time left", status)
+    sub.add_argument("exhibit", nargs="?", default="all", choices=[*EXHIBITS, "all"])
+    with_grid(sub)
+    sub = command("report", "train what is missing, execute the notebooks and render the HTML report", report)
+    sub.add_argument("exhibit", nargs="?", default="all", choices=[*EXHIBITS, "all"])
+    with_grid(sub)
+    with_training(sub)
+    sub.add_argument("--no-train", action="store_true", help="render only what is on disk; the rest says 'not run'")
+    sub = command("data", "fetch a data set and verify it", fetch_data)
+    sub.add_argument("dataset")
+    return top
+
+
+def grids(options):
+    """exhibit -> its runs, for the exhibits asked for."""
+    from .experiments import EXHIBITS
+
+    names = EXHIBITS if options.exhibit == "all" else [options.exhibit]
+    return {name: EXHIBITS[name].grid(options.profile, options.seeds) for name in names}
+
+
+def train_missing(options):
+    """Train every run of the exhibits asked for; returns how many runs there are."""
+    from .runs import ensure
+
+    runs = list(dict.fromkeys(run for grid in grids(options).values() for run in grid))
+    ensure(
+        runs,
+        options.profile,
+        device=options.device,
+        workers=options.workers,
+        budget=options.budget,
+        only_whole=options.only_whole,
+        retry=options.retry,
+    )
+    return len(runs)
+
+
+def train(options):
+    print(f"{train_missing(options)} runs are trained")
+    return 0
+
+
+def report(options):
+    from . import report as pages
+    from .experiments import EXHIBITS
+
+    code = 0
+    if not options.no_train:
+        try:
+            train_missing(options)
+        except Stopped:
+            raise
+        except UserError as error:  # the report shows what there is
+            print(f"silalib: {error}", file=sys.stderr)
+            code = 1
+    names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
+    return pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
+
+
+def status(options):
+    from .launch import cost
+    from .progress import duration
+    from .runs import find, load, state
+
+    labels = ("done", "running", "started", "pending", "failed", "damaged")
+    rows, speeds, left = [], [], {}
+    for name, grid in grids(options).items():
+        states = {run: state(run) for run in grid}
+        rows.append((name, [list(states.values()).count(label) for label in labels]))
+        for run, label in states.items():
+            if label == "done" and find(run).parent.parent.name == options.profile:
+                speeds.append(load(run).result["provenance"]["seconds"] / cost(run))
+            elif label != "damaged":
+                left[run] = cost(run)
+    print(f"profile {options.profile}")
+    print(f"{'':10}" + "".join(f"{label:>9}" for label in labels))
+    for name, counts in rows:
+        print(f"{name:10}" + "".join(f"{count or '-':>9}" for count in counts))
+    if left and speeds:
+        each = sum(left.values()) * sum(speeds) / len(speeds)
+        print(f"about {duration(each)} of training left, divided by the number of workers")
+    return 0
+
+
+def fetch_data(options):
+    from .data import DATASETS, data_folder, load
+
+    if options.dataset not in DATASETS:
+        raise UserError(f"unknown data set {options.dataset!r}: choose from {', '.join(DATASETS)}")
+    images = load(options.dataset)
+    spec = DATASETS[options.dataset]
+    where = data_folder() / spec.folder if spec.folder else "scikit-learn"
+    train, test = len(images.train_labels), len(images.test_labels)
+    print(f"{spec.title}: {train} training and {test} test images in {where}, verified")
+    return 0
+
+
+def main(arguments=None):
+    options = parser().parse_args(arguments)
+    try:
+        return options.action(options)
+    except Stopped as error:
+        print(f"silalib: {error}", file=sys.stderr)
+        return STOPPED
+    except (UserError, MissingData) as error:
+        print(f"silalib: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("silalib: interrupted; start again to go on", file=sys.stderr)
+        return STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What the figures and tables of all notebooks share: style, colours, watermark, and saving what is shown."""
+
+from importlib.resources import files
+
+import matplotlib.pyplot as plt
+
+from .losses import LABELS
+from .paths import results_folder
+from .runs import write_atomically
+
+COLOURS = dict(zip(LABELS, ("#555555", "#0072b2", "#d55e00", "#009e73")))
+"""Method -> colour, distinguishable without red-green vision."""
+
+
+def use_style():
+    plt.style.use(str(files("silalib") / "silalib.mplstyle"))
+
+
+def show(fig, name, profile, alt):
+    """Save a figure as results/<profile>/figures/<name>.png, display it with its alternative text, and close it.
+
+    In the quick profile it is watermarked: its data are a stand-in for the paper's.
+    """
+    import io
+
+    from IPython.display import Image, display
+
+    if profile == "quick":
+        fig.text(
+            0.5, 0.5, "stand-in data", fontsize=44, color="#000000", alpha=0.07, rotation=25, ha="center", va="center"
+        )  # fmt: skip
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
+    plt.close(fig)
+    folder = results_folder(profile) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}.png", buffer.getvalue())
+    width = plt.imread(io.BytesIO(buffer.getvalue())).shape[1]
+    display(Image(buffer.getvalue(), width=round(width * 0.62), alt=alt, metadata={"alt": alt}))
+
+
+def show_table(frame, name, profile, caption, data=None):
+    """Display a data frame with a caption; save it, or the `data` behind it, as results/<profile>/tables/<name>.csv."""
+    from IPython.display import HTML, display
+
+    folder = results_folder(profile) / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = frame if data is None else data
+    write_atomically(folder / f"{name}.csv", saved.to_csv(index=False, lineterminator="\n").encode())
+    display(HTML(frame.style.hide(axis="index").set_caption(caption).to_html()))

@@ -1,0 +1,134 @@
+"""Means, intervals and gains over seeds, beside the numbers the paper prints."""
+
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+
+from .losses import LABELS
+from .models import NAMES
+
+METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
+"""Metric -> the paper's column; all but NLL in percent."""
+
+
+def interval(values):
+    """(mean, half-width) of the 95% interval by Student's t over independent values; half-width NaN for n < 2."""
+    from scipy.stats import t
+
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return (values.mean() if len(values) else np.nan), np.nan
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return values.mean(), half
+
+
+def reported(table):
+    """The paper's own numbers of "table1", "table2" or "table3" as a data frame; an empty cell is not printed."""
+    return pd.read_csv(files("silalib") / "reported" / f"{table}.csv")
+
+
+def cells(grid, records, metrics, table=None):
+    """One row per network row, metric and seed of a table: what our records hold and what the paper prints.
+
+    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: pair, method, net (1 or
+    2), network, metric, seed, value (NaN where there is no record), gain over IND of the same network and seed
+    (positive is better), paper, paper_gain.
+    """
+    printed = _printed(table) if table else {}
+    alone = {(run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
+    rows = []
+    for run in grid:
+        pair = "+".join(NAMES[net] for net in run.nets)
+        for head, net in enumerate(run.nets):
+            for metric in metrics:
+                sign = -1 if metric == "nll" else 1
+                value = records[run].heads[head][metric] if run in records else np.nan
+                baseline = alone.get((net, run.seed))
+                paper = printed.get((pair, LABELS[run.method], head + 1, metric), np.nan)
+                paper_alone = printed.get((NAMES[net], LABELS["ind"], 1, metric), np.nan)
+                has_gain = run.method != "ind"
+                rows.append(
+                    {
+                        "pair": pair,
+                        "method": LABELS[run.method],
+                        "net": head + 1,
+                        "network": NAMES[net],
+                        "metric": metric,
+                        "seed": run.seed,
+                        "value": value,
+                        "gain": sign * (value - baseline.heads[0][metric]) if has_gain and baseline else np.nan,
+                        "paper": paper,
+                        "paper_gain": round(sign * (paper - paper_alone), 4) if has_gain else np.nan,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _printed(table):
+    frame = reported(table)
+    numbers = {}
+    for row in frame.to_dict("records"):
+        pair = row["net1"] if pd.isna(row["net2"]) else f"{row['net1']}+{row['net2']}"
+        for metric in METRICS:
+            if not pd.isna(row.get(metric, np.nan)):
+                numbers[pair, row["method"], int(row["net"][-1]), metric] = row[metric]
+    return numbers
+
+
+def over_seeds(frame):
+    """`cells` summarised over seeds: mean and half-width of value and gain, n, and the paper's numbers."""
+    keys = ["pair", "method", "net", "network", "metric"]
+    rows = []
+    for key, group in frame.groupby(keys, sort=False):
+        values, gains = group["value"].dropna(), group["gain"].dropna()
+        row = dict(zip(keys, key)) | {"n": len(values)}
+        row["mean"], row["half"] = interval(values)
+        row["gain"], row["gain_half"] = interval(gains)
+        rows.append(row | {"paper": group["paper"].iloc[0], "paper_gain": group["paper_gain"].iloc[0]})
+    return pd.DataFrame(rows)
+
+
+def score(frame, method, column="gain"):
+    """How a method does against IND over all cells of `cells`: (cells won, cells compared, mean gain, half-width).
+
+    column: "gain" of our records or "paper_gain". A cell is won when its gain, averaged over seeds, is above zero.
+    The mean gain is of top-1 over all network rows, with its interval over seeds (NaN for one, and for the paper).
+    """
+    chosen = frame[(frame["method"] == LABELS[method]) & frame[column].notna()]
+    by_cell = chosen.groupby(["pair", "net", "metric"])[column].mean()
+    top1 = chosen[chosen["metric"] == "top1"].groupby("seed")[column].mean()
+    if column == "paper_gain":
+        top1 = top1.iloc[:1]
+    return int((by_cell > 0).sum()), len(by_cell), *interval(top1)
+
+
+def plus_minus(mean, half, digits=2, signed=False):
+    """Text of a mean with its 95% half-width; without one (a single seed) the mean alone; "" for NaN."""
+    if np.isnan(mean):
+        return ""
+    text = f"{mean:{'+' if signed else ''}.{digits}f}"
+    return text if np.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def comparison(summary, metrics, learned=0.0):
+    """A table of `over_seeds` to look at: for each metric our mean and interval, the paper's number, the gain over IND.
+
+    learned: a network whose IND stays under this top-1 is marked 'did not learn'. Returns a data frame of text with
+    two levels of columns; a row without records says 'not run'.
+    """
+    weak = summary[(summary["method"] == LABELS["ind"]) & (summary["metric"] == "top1") & (summary["mean"] < learned)]
+    rows, index = [], ["pair", "method", "net", "network"]
+    for (pair, method, net, network), group in summary.groupby(index, sort=False):
+        name = network + (" (did not learn)" if network in set(weak["network"]) else "")
+        row = {("", "Networks"): pair, ("", "Method"): method}
+        row["", "Row"] = name if method == LABELS["ind"] else f"Net{net} {name}"
+        for cell in group.set_index("metric").loc[list(metrics)].reset_index().to_dict("records"):
+            title = METRICS[cell["metric"]]
+            row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or "not run"
+            row[title, "paper"] = plus_minus(cell["paper"], np.nan) or "-"
+            row[title, "gain"] = plus_minus(cell["gain"], cell["gain_half"], signed=True)
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    return frame
