@@ -16,16 +16,16 @@ def use_style():
     plt.style.use(str(files("silalib") / "silalib.mplstyle"))
 
 
-def show(fig, name, profile, alt):
+def show(fig, name, profile, alt, measured=True):
     """Save a figure as results/<profile>/figures/<name>.png, display it with its alternative text, and close it.
 
-    In the quick profile it is watermarked: its data are a stand-in for the paper's.
+    measured: whether it shows records. In the quick profile it is watermarked then: the data are a stand-in.
     """
     import io
 
     from IPython.display import Image, display
 
-    if profile == "quick":
+    if measured and profile == "quick":
         fig.text(
             0.5, 0.5, "stand-in data", fontsize=44, color="#000000", alpha=0.07, rotation=25, ha="center", va="center"
         )  # fmt: skip

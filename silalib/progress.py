@@ -32,6 +32,7 @@ class Progress:
         self.costs = costs
         self.share = dict.fromkeys(costs, 0.0)  # of each run, from 0 to 1
         self.at_start = {}  # of a resumed run, its share when it came back
+        self.accuracy = {}  # of each run, after its last epoch
         self.started = time.monotonic()
         self.last_line = self.started
         self.ended = 0
@@ -41,7 +42,7 @@ class Progress:
 
             self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed} {postfix}", leave=False)
 
-    def message(self, run, text=None, step=0, total=1, epoch=0, top1=None, resumed=False, final=None):
+    def message(self, run, text=None, step=0, total=1, top1=None, resumed=False, final=None):
         """One message of a run in progress."""
         if text:
             self.line(f"{run}: {text}")
@@ -50,8 +51,10 @@ class Progress:
         self.share[run] = 0.99 * step / total
         if resumed:
             self.at_start[run] = self.share[run]
-            self.line(f"{run}: goes on at epoch {epoch + 1} of {run.epochs}")
-        doing = final or f"epoch {epoch}/{run.epochs}" + (f" top-1 {numbers(top1)}" if top1 else "")
+            self.line(f"{run}: goes on after epoch {run.epochs * step / total:.1f} of {run.epochs}")
+        if top1:
+            self.accuracy[run] = f", top-1 {numbers(top1)}"
+        doing = final or f"epoch {run.epochs * step / total:.1f} of {run.epochs}{self.accuracy.get(run, '')}"
         status = f"{self.ended}/{len(self.costs)} runs, {self.left()}| {run}: {doing}"
         if self.bar is not None:
             self.bar.n = 100 * self.done()

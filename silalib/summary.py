@@ -120,9 +120,9 @@ def comparison(summary, metrics, learned=0.0):
     weak = summary[(summary["method"] == LABELS["ind"]) & (summary["metric"] == "top1") & (summary["mean"] < learned)]
     rows, index = [], ["pair", "method", "net", "network"]
     for (pair, method, net, network), group in summary.groupby(index, sort=False):
-        name = network + (" (did not learn)" if network in set(weak["network"]) else "")
+        failed = " (did not learn)" if network in set(weak["network"]) else ""
         row = {("", "Networks"): pair, ("", "Method"): method}
-        row["", "Row"] = name if method == LABELS["ind"] else f"Net{net} {name}"
+        row["", ""] = failed.strip() if method == LABELS["ind"] else f"Net{net}{failed}"
         for cell in group.set_index("metric").loc[list(metrics)].reset_index().to_dict("records"):
             title = METRICS[cell["metric"]]
             row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or "not run"

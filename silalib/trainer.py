@@ -28,6 +28,7 @@ from .runs import PROTOCOL, to_csv, to_json, to_npz, write_atomically, write_rec
 
 EVAL_BATCH = 500
 CHECKPOINT_SECONDS = 60
+REPORT_SECONDS = 2
 
 
 class Diverged(UserError):
@@ -77,8 +78,9 @@ def train(run, folder, device="auto", stop=lambda: None, progress=lambda **messa
     """Train one run to its end, or on from its checkpoint in `folder`, and write its record there.
 
     stop() is asked after every step; a true answer (the reason) checkpoints and raises Stopped.
-    progress(**message) hears of each epoch. hurry, in seconds: give up with Stopped as soon as the measured speed
-    says that the run will not end in that time. Raises Diverged for a loss that is not finite.
+    progress(**message) hears of each epoch, and of the step every other second. hurry, in seconds: give up with
+    Stopped as soon as the measured speed says that the run will not end in that time. Raises Diverged for a loss that
+    is not finite.
     """
     with torch.random.fork_rng(devices=[]):
         return Training(run, folder, pick_device(device), stop, progress, hurry).finish()
@@ -119,7 +121,7 @@ class Training:
     # -- the loop
 
     def finish(self):
-        started = self.saved = time.monotonic()
+        started = self.saved = self.reported = time.monotonic()
         first, before = self.step, self.seconds
         while self.step < self.total:
             epoch, i = divmod(self.step, self.steps_per_epoch)
@@ -199,10 +201,11 @@ class Training:
     # -- interruption
 
     def report(self, **more):
-        self.progress(run=self.run, step=self.step, total=self.total, epoch=self.step // self.steps_per_epoch, **more)
+        self.reported = time.monotonic()
+        self.progress(run=self.run, step=self.step, total=self.total, **more)
 
     def pause(self, first, started):
-        """After a step: save once a minute, and stop when asked to, or when the run would not end in time."""
+        """After a step: save once a minute, report, stop when asked to or when the run would not end in time."""
         reason = self.stop()
         if self.hurry is not None and not reason:
             elapsed, done = time.monotonic() - started, self.step - first
@@ -213,6 +216,8 @@ class Training:
             raise Stopped(f"{self.run}: {reason}; step {self.step} of {self.total} is saved")
         if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
             self.save()
+        if time.monotonic() - self.reported > REPORT_SECONDS:
+            self.report()
 
     def save(self):
         state = {
