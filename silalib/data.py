@@ -180,12 +180,13 @@ def splits(run, device):
     """
     whole = load(run.dataset)
     order = balanced_order(whole.train_labels)
-    available = len(order) - run.holdout
-    if (run.train_size or 1) > available:
+    held = run.holdout
+    if held + (run.train_size or 1) > len(order):
         raise UserError(
             f"train_size {run.train_size} with holdout {run.holdout}: {run.dataset} has {len(order)} images"
         )
-    chosen = {"train": order[: run.train_size or available].sort().values, "holdout": order[available:].sort().values}
+    end = held + run.train_size if run.train_size else None
+    chosen = {"holdout": order[:held].sort().values, "train": order[held:end].sort().values}
     result = {k: _split(whole.train_images[i], whole.train_labels[i], device) for k, i in chosen.items()}
     result["test"] = _split(whole.test_images, whole.test_labels, device)
     return result, whole.checksum

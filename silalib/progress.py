@@ -1,5 +1,6 @@
 """Progress of a grid of runs: a bar in a terminal or notebook, plain lines in a log file."""
 
+import os
 import sys
 import time
 
@@ -37,7 +38,7 @@ class Progress:
         self.last_line = self.started
         self.ended = 0
         self.bar = None
-        if in_notebook() or sys.stderr.isatty():
+        if (in_notebook() or sys.stderr.isatty()) and not os.environ.get("TQDM_DISABLE"):
             from tqdm.auto import tqdm
 
             self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed} {postfix}", leave=False)

@@ -12,6 +12,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from .augment import AUGMENTATIONS
 from .data import DATASETS
 from .errors import UserError
 from .losses import LABELS, METHODS
-from .models import MODELS
+from .models import MODELS, SMALLEST_IMAGE
 from .paths import results_folder
 
 PROTOCOL = 1
@@ -61,12 +62,22 @@ class Run:
     hessian_images: int = 0  # training images for the largest Hessian eigenvalue at the end; 0 leaves it out
 
     def __post_init__(self):
-        nets = (self.nets,) if isinstance(self.nets, str) else tuple(self.nets)
-        object.__setattr__(self, "nets", nets)
-        object.__setattr__(self, "method", self.method.lower())
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        if self.betas is not None:
-            object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        plain = {
+            "nets": (self.nets,) if isinstance(self.nets, str) else tuple(self.nets),
+            "method": str(self.method).lower(),
+            "milestones": tuple(map(float, self.milestones)),
+            "betas": None if self.betas is None else tuple(map(float, self.betas)),
+        }
+        for field in fields(self):  # equal numbers of another type are the same run
+            value, convert = getattr(self, field.name), {int: index, int | None: index, float: float}.get(field.type)
+            if convert and value is not None:
+                try:
+                    plain[field.name] = convert(value)
+                except (TypeError, ValueError):
+                    kind = "a number" if convert is float else "a whole number"
+                    raise UserError(f"{field.name} must be {kind}, not {value!r}") from None
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         self._validate()
 
     def _validate(self):
@@ -92,6 +103,13 @@ class Run:
         for name in ("seed", "warmup", "momentum", "weight_decay", "holdout", "noise_images", "hessian_images"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.noise_images and not (self.noise_sigmas > 0 and self.noise_draws > 0):
+            raise UserError("noise_sigmas and noise_draws must be above 0 where noise_images is")
+        height, width = DATASETS[self.dataset].image[1:]
+        for net in self.nets:
+            least = SMALLEST_IMAGE.get(net, 1)
+            if min(height, width) < least:
+                raise UserError(f"{net} needs images of {least}x{least} or more; {self.dataset} has {height}x{width}")
         if self.train_size is not None and self.train_size < self.batch_size:
             raise UserError(f"train_size {self.train_size} is below the batch size {self.batch_size}")
 
@@ -160,7 +178,7 @@ class Record:
     def _table(self, name):
         import pandas as pd
 
-        return pd.read_csv(io.BytesIO(self.read(name)), float_precision="round_trip")
+        return pd.read_csv(io.BytesIO(self.read(name)))
 
     def _arrays(self, name):
         with np.load(io.BytesIO(self.read(name)), allow_pickle=False) as arrays:

@@ -188,7 +188,7 @@ class Training:
                 | {"weight_norm": norms[min(head, len(norms) - 1)]}
                 | {"seconds_train": round(seconds_train, 4), "seconds_test": round(seconds_test, 4)}
             )
-        if not all(math.isfinite(values[0]) for values in means):
+        if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in self.rows[-len(means) :]):
             raise Diverged(f"{self.run}: the loss is not finite in epoch {epoch + 1}, step {self.step}, lr {lr:g}")
         self.report(top1=[round(t["top1"], 2) for t in test])
 
@@ -255,6 +255,7 @@ class Training:
         began = time.monotonic()
         run, train, test = self.run, self.splits["train"], self.splits["test"]
         spec = data.DATASETS[run.dataset]
+        self.report(final="final evaluations")
         logits = self.predict(test.images)
         clean = [metrics.summary(z, train.labels) for z in self.predict(train.images)]
         heads, arrays = [], {"labels": test.labels.cpu().short().numpy()}
@@ -271,7 +272,6 @@ class Training:
             )
             arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels).items()}
         files = {"history.csv": to_csv(self.rows), "test.npz": to_npz(arrays)}
-        self.report(final="evaluations")
         if all(hasattr(net, "embed") for net in self.nets):
             files["features.npz"] = to_npz(self.features(heads))
         if run.noise_images:

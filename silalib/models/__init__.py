@@ -32,6 +32,9 @@ NAMES = {
 }
 """Network name -> the paper's spelling."""
 
+SMALLEST_IMAGE = {"vgg13": 32, "vgg19": 32}
+"""Network name -> the smallest height and width it takes, where it has a limit."""
+
 
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,83 @@
+"""Settings of all tests: one thread, results in a temporary folder, a small run that several tests read."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from silalib import data, trainer
+from silalib.runs import Run, load
+
+torch.set_num_threads(1)
+
+TINY = {
+    "dataset": "digits",
+    "nets": ("convnet12",) * 2,
+    "method": "sila",
+    "width": 0.0625,
+    "epochs": 2,
+    "train_size": 64,
+    "batch_size": 32,
+    "milestones": (1,),
+    "augment": "crop",
+}
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """The folder of all records of this test."""
+    folder = tmp_path / "results"
+    monkeypatch.setenv("SILALIB_RESULTS", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny(**changes) -> a Run of four steps on 64 digits."""
+    return lambda **changes: Run(**TINY | changes)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """(run, folder) of a small SiLa run with every part of a record."""
+    run = tiny(noise_images=20, noise_sigmas=2, noise_draws=2, hessian_images=10)
+    folder = tmp_path_factory.mktemp("trained") / run.key
+    trainer.train(run, folder, "cpu")
+    return run, folder
+
+
+@pytest.fixture
+def record(trained, results):
+    """The Record of the small run, in this test's own results folder, free to be damaged."""
+    run, folder = trained
+    shutil.copytree(folder, results / "quick" / "runs" / run.key)
+    return load(run)
+
+
+@pytest.fixture(scope="session")
+def comparable():
+    """comparable(record) -> everything in it that must not depend on when, where and beside what it was trained."""
+
+    def evidence(record):
+        files = {name: record.read(name) for name in record.result["files"] if name != "history.csv"}
+        history = record.history[[c for c in record.history.columns if "seconds" not in c]].to_csv()
+        return files, history, record.heads, (record.path / "run.json").read_bytes()
+
+    return evidence
+
+
+@pytest.fixture
+def real_data():
+    """real_data(name) -> the data set's Images from SILALIB_DATA; skips where it is not there."""
+
+    def images(name):
+        root, folder = os.environ.get("SILALIB_DATA"), data.DATASETS[name].folder
+        if not root:
+            pytest.skip("SILALIB_DATA is not set")
+        if not (Path(root) / folder).is_dir():
+            pytest.skip(f"SILALIB_DATA has no folder {folder}")
+        return data.load(name)
+
+    return images

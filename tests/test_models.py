@@ -1,0 +1,207 @@
+"""The networks: sizes as published, logits as torchvision's, one training step each."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from silalib.losses import METHODS
+from silalib.models import MODELS, NAMES, count_macs, count_parameters
+
+
+def on_meta(name, **arguments):
+    """A network without memory: its shapes alone."""
+    with torch.device("meta"):
+        return MODELS[name](100, **arguments)
+
+
+@dataclass
+class Published:
+    parameters: int
+    million_macs: int
+
+
+PUBLISHED = {
+    "resnet18": Published(11_220_132, 555),
+    "resnet34": Published(21_328_292, 1159),
+    "vgg13": Published(28_703_140, 248),
+    "vgg19": Published(39_327_652, 417),
+    "mobilenet": Published(3_309_476, 46),
+}
+"""At 100 classes and 3x32x32."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_size(name):
+    network = on_meta(name)
+    assert count_parameters(network) == PUBLISHED[name].parameters
+    assert round(count_macs(network, (3, 32, 32)) / 1e6) == PUBLISHED[name].million_macs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_macs_are_half_of_torchs_flops(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = on_meta(name, in_channels=3)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(torch.empty(1, 3, 32, 32, device="meta"))
+    assert 2 * count_macs(network, (3, 32, 32)) == counter.get_total_flops()
+
+
+def test_counting_leaves_the_network_as_it_was():
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    # 16 places, 3 filters of 2x3x3; then 48 inputs for each of 5 outputs
+    assert count_macs(network, (2, 6, 6)) == 16 * 3 * 18 + 48 * 5
+    assert network.training
+    assert not any(m._forward_hooks for m in network.modules())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert count_parameters(network) == 3 * 18 + 2 * 3 + 48 * 5 + 5
+
+
+def test_every_network_has_a_name():
+    assert set(NAMES) == set(MODELS)
+
+
+# -- torchvision's networks
+
+
+def vary(network):
+    """Give BatchNorm weights that are not one and zero, so that a wrong one shows."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for m in network.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.copy_(0.5 + torch.rand(m.weight.shape, generator=g))
+                m.bias.copy_(0.2 * torch.randn(m.bias.shape, generator=g))
+    return network
+
+
+def assert_same_logits(ours, theirs, size):
+    theirs.load_state_dict(vary(ours).state_dict())
+    x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for training in (True, False):  # the first moves the running statistics that the second uses
+            logits = []
+            for network in (ours.train(training), theirs.train(training)):
+                torch.manual_seed(3)  # the same dropout
+                logits.append(network(x))
+            assert logits[0].std() > 1e-3
+            torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert all(torch.allclose(mine[k], other[k], rtol=1e-4, atol=1e-5) for k in mine)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_resnet_is_torchvisions_with_another_stem(name):
+    from silalib._torchvision import torchvision
+
+    theirs = getattr(torchvision.models, name)(num_classes=10)
+    theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    theirs.maxpool = nn.Identity()
+    assert_same_logits(MODELS[name](10), theirs, size=16)
+
+
+@pytest.mark.parametrize("name", ["vgg13", "vgg19"])
+def test_vgg_is_torchvisions_with_another_head(name):
+    from silalib._torchvision import torchvision
+
+    theirs = getattr(torchvision.models, f"{name}_bn")(num_classes=10, init_weights=False)
+    theirs.avgpool = nn.Identity()
+    theirs.classifier[0] = nn.Linear(512, 4096)  # after five pools 32x32 is 1x1
+    ours = MODELS[name](10)
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():  # logits of a size that says something
+        for m in ours.classifier:
+            if isinstance(m, nn.Linear):
+                m.weight.normal_(std=m.in_features**-0.5, generator=g)
+                m.bias.normal_(generator=g)
+    assert_same_logits(ours, theirs, size=32)
+
+
+# -- every network
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_width_scales_every_channel(name):
+    whole, half = (list(on_meta(name, in_channels=3, width=w).modules()) for w in (1.0, 0.5))
+    outputs = lambda m: getattr(m, "out_channels", None) or getattr(m, "num_features", None) or m.out_features
+    kinds = nn.Conv2d, nn.BatchNorm2d, nn.Linear
+    pairs = [(outputs(a), outputs(b)) for a, b in zip(whole, half) if isinstance(a, kinds)]
+    fixed = [(2, 2), (100, 100)] if name == "convnet12" else [(100, 100)]
+    assert pairs[-len(fixed) :] == fixed
+    assert len(pairs) > 20
+    assert all(a == 2 * b for a, b in pairs[: -len(fixed)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_width_is_too_small(name):
+    network = on_meta(name, in_channels=3, width=0.001)
+    assert network.eval()(torch.empty(1, 3, 32, 32, device="meta")).shape == (1, 100)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_one_step_reaches_every_parameter(name, method):
+    torch.manual_seed(0)
+    nets = [MODELS[name](10, 3, 0.25) for _ in range(2)]
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    logits = [net(x) for net in nets]
+    assert all(z.shape == (8, 10) for z in logits)
+    loss = METHODS[method](logits, y)
+    loss.backward()
+    assert loss.isfinite()
+    for net in nets:
+        for key, p in net.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all(), key
+            # a bias before BatchNorm has no effect, so its gradient may be nil
+            assert p.dim() == 1 or p.grad.abs().max() > 0, key
+
+
+INPUTS = [(name, size) for name in MODELS for size in (28, 32) if not (size < 32 and name.startswith("vgg"))]
+"""VGG's five pools need 32x32."""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name, size", INPUTS)
+def test_input(name, size, channels):
+    network = on_meta(name, in_channels=channels, width=0.25)
+    assert network(torch.empty(2, channels, size, size, device="meta")).shape == (2, 100)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sample_does_not_depend_on_its_batch_in_evaluation(name):
+    torch.manual_seed(0)
+    network = MODELS[name](10, 3, 0.125).eval()
+    x = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x)[2:3], network(x[2:3]), rtol=1e-4, atol=1e-6)
+
+
+def test_convnet12():
+    network = MODELS["convnet12"](10, 1, 0.25)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 10
+    assert {(m.kernel_size, m.stride, m.padding, m.out_channels) for m in convolutions} == {
+        ((3, 3), (1, 1), (1, 1), 16)
+    }
+    assert [tuple(m.weight.shape) for m in network.modules() if isinstance(m, nn.Linear)] == [(2, 9 * 16), (10, 2)]
+    order = "".join({"Conv2d": "c", "MaxPool2d": "p"}.get(type(m).__name__, "") for m in network.modules())
+    assert order == "cpcccpcccpccc"
+    x = torch.randn(4, 1, 28, 28)
+    network.eval()
+    features = network.embed(x)
+    assert features.shape == (4, 2)
+    assert torch.equal(network(x), network.fc(features))
+
+
+def test_mobilenet_has_four_stages_of_half_the_size():
+    network = MODELS["mobilenet"](100)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.stride[0] for m in convolutions].count(2) == 4
+    assert convolutions[0].stride == (1, 1)
+    assert len(convolutions) == 1 + 2 * 13
+    assert all(m.bias is None for m in convolutions)
+    depthwise = [m for m in convolutions if m.kernel_size == (3, 3)][1:]
+    assert all(m.groups == m.in_channels == m.out_channels for m in depthwise)
