@@ -423,7 +423,7 @@ def test_history(record):
 
 def test_best_epoch_is_the_first_of_the_highest(tiny, tmp_path):
     record = trainer.train(tiny(epochs=4, lr=0.02, nets=("mobilenet",) * 2), tmp_path / "run", "cpu")
-    for head, values in enumerate(record.heads):  # noqa: B007 (the query reads it)
+    for head, values in enumerate(record.heads):
         curve = record.history.loc[record.history["head"] == head, "test_top1"].tolist()
         assert values["best"] == max(curve)
         assert values["best_epoch"] == 1 + curve.index(max(curve))
