@@ -102,7 +102,8 @@ class Job:
                 try:
                     trainer.train(run, folder, self.device, stop, tell, hurry)
                 except trainer.Diverged as error:
-                    trainer.write_failure(folder, error)
+                    (folder / "checkpoint.pt").unlink(missing_ok=True)  # it may hold weights that are lost already
+                    runs.write_atomically(failure, runs.to_json({"error": str(error)}))
                     raise
             record = runs.load(run)
         seconds = record.result["provenance"]["seconds"]

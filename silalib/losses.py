@@ -71,11 +71,13 @@ def mutual_kl(logits, temperature=1.0, reduction="mean"):
 
 def mutual_learning(logits, target, betas=None, reduction="mean"):
     """DML: independent training plus the mimicry term."""
+    logits = _checked(logits, target)
     return independent(logits, target, betas, reduction) + mutual_kl(logits, reduction=reduction)
 
 
 def siamese_mutual_learning(logits, target, betas=None, coupling=1.0, reduction="mean"):
     """SiLa+DML: the SiLa loss plus the mimicry term; cross-entropy is not counted twice."""
+    logits = _checked(logits, target)
     return siamese_labels(logits, target, betas, coupling, reduction) + mutual_kl(logits, reduction=reduction)
 
 

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -62,20 +63,23 @@ class Run:
     hessian_images: int = 0  # training images for the largest Hessian eigenvalue at the end; 0 leaves it out
 
     def __post_init__(self):
-        plain = {
-            "nets": (self.nets,) if isinstance(self.nets, str) else tuple(self.nets),
-            "method": str(self.method).lower(),
-            "milestones": tuple(map(float, self.milestones)),
-            "betas": None if self.betas is None else tuple(map(float, self.betas)),
-        }
+        nets = (self.nets,) if isinstance(self.nets, str) else self.nets
+        plain = {}
+        lists = {"nets": (nets, str), "milestones": (self.milestones, float), "betas": (self.betas, float)}
+        numbers = {int: index, int | None: index, float: float, str: str}
         for field in fields(self):  # equal numbers of another type are the same run
-            value, convert = getattr(self, field.name), {int: index, int | None: index, float: float}.get(field.type)
-            if convert and value is not None:
-                try:
-                    plain[field.name] = convert(value)
-                except (TypeError, ValueError):
-                    kind = "a number" if convert is float else "a whole number"
-                    raise UserError(f"{field.name} must be {kind}, not {value!r}") from None
+            try:
+                if field.name in lists:
+                    values, convert = lists[field.name]
+                    plain[field.name] = (
+                        None if field.name == "betas" and values is None else tuple(map(convert, values))
+                    )
+                elif field.type in numbers and getattr(self, field.name) is not None:
+                    plain[field.name] = numbers[field.type](getattr(self, field.name))
+            except (TypeError, ValueError):
+                kind = "a list" if field.name in lists else "a number" if field.type is float else "a whole number"
+                raise UserError(f"{field.name} must be {kind}, not {getattr(self, field.name)!r}") from None
+        plain["method"] = plain["method"].lower()
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         self._validate()
@@ -89,6 +93,8 @@ class Run:
         ]:
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        if not isinstance(self.nesterov, bool):
+            raise UserError(f"nesterov must be True or False, not {self.nesterov!r}")
         if not self.nets:
             raise UserError("a run needs at least one network")
         if "dml" in self.method and len(self.nets) < 2:
@@ -97,12 +103,21 @@ class Run:
             raise UserError(f"{len(self.betas)} betas for {len(self.nets)} networks: give one each")
         if self.coupling != 1 and "sila" not in self.method:
             raise UserError(f"coupling belongs to SiLa; {LABELS[self.method]} has none")
-        for name in ("width", "epochs", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("seed", "warmup", "momentum", "weight_decay", "holdout", "noise_images", "hessian_images"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
+        numbers = {
+            f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), (int, float))
+        }
+        numbers |= {f"milestone {i + 1}": m for i, m in enumerate(self.milestones)}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, not {value}")
+            if name in ("width", "epochs", "batch_size", "lr", "gamma") and value <= 0:
+                raise UserError(f"{name} must be above 0, not {value}")
+            if value < 0:
+                raise UserError(f"{name} must not be negative, but is {value}")
+        if self.momentum >= 1:
+            raise UserError(f"momentum must be below 1, not {self.momentum}")
+        if self.betas is not None and not all(math.isfinite(b) and b >= 0 for b in self.betas):
+            raise UserError(f"betas {self.betas}: give finite weights that are not negative")
         if self.noise_images and not (self.noise_sigmas > 0 and self.noise_draws > 0):
             raise UserError("noise_sigmas and noise_draws must be above 0 where noise_images is")
         height, width = DATASETS[self.dataset].image[1:]

@@ -111,6 +111,11 @@ def plus_minus(mean, half, digits=2, signed=False):
     return text if np.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
+def unit(metrics):
+    """The units of some metrics, for a caption."""
+    return ", ".join(f"{METRICS[m]} in {'nats' if m == 'nll' else 'percent'}" for m in metrics)
+
+
 def comparison(summary, metrics, learned=0.0):
     """A table of `over_seeds` to look at: for each metric our mean and interval, the paper's number, the gain over IND.
 
@@ -118,6 +123,7 @@ def comparison(summary, metrics, learned=0.0):
     two levels of columns; a row without records says 'not run'.
     """
     weak = summary[(summary["method"] == LABELS["ind"]) & (summary["metric"] == "top1") & (summary["mean"] < learned)]
+    summary = summary[summary["metric"].isin(metrics)]
     rows, index = [], ["pair", "method", "net", "network"]
     for (pair, method, net, network), group in summary.groupby(index, sort=False):
         failed = " (did not learn)" if network in set(weak["network"]) else ""

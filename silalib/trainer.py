@@ -24,11 +24,13 @@ from .losses import METHODS
 from .models import MODELS, count_macs, count_parameters
 from .paths import ROOT
 from .randomness import derive
-from .runs import PROTOCOL, to_csv, to_json, to_npz, write_atomically, write_record
+from .runs import PROTOCOL, to_csv, to_npz, write_atomically, write_record
 
 EVAL_BATCH = 500
 CHECKPOINT_SECONDS = 60
 REPORT_SECONDS = 2
+PROBE_SECONDS = 5
+"""After this time the speed of a run is known well enough to say whether it will end in a budget."""
 
 
 class Diverged(UserError):
@@ -209,7 +211,7 @@ class Training:
         reason = self.stop()
         if self.hurry is not None and not reason:
             elapsed, done = time.monotonic() - started, self.step - first
-            if elapsed > 5 and elapsed / done * (self.total - first) > self.hurry:
+            if elapsed > PROBE_SECONDS and elapsed / done * (self.total - first) > self.hurry:
                 reason = "it would not end in the budget"
         if reason:
             self.save()
@@ -436,8 +438,3 @@ def processor():
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def write_failure(folder, error):
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "failed.json", to_json({"error": str(error)}))

@@ -260,12 +260,37 @@ def test_net1_without_coupling_is_the_network_trained_alone(nets, method, change
 
 def test_training_leaves_the_global_generators(tiny, tmp_path):
     states = lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    torch.manual_seed(5)
     before = states()
     first = trainer.train(tiny(nets=("vgg13",), epochs=1), tmp_path / "a", "cpu")
     assert states() == before
     torch.manual_seed(99)
     second = trainer.train(tiny(nets=("vgg13",), epochs=1), tmp_path / "b", "cpu")
     assert first.read("weights.safetensors") == second.read("weights.safetensors")
+
+
+class Masked(torch.nn.Module):
+    """A linear network that notes what its dropout keeps, in training and in evaluation."""
+
+    def __init__(self, classes, channels, width):
+        super().__init__()
+        self.dropout, self.fc = torch.nn.Dropout(), torch.nn.Linear(channels * 32 * 32, classes)
+
+    def forward(self, x):
+        Masked.seen[self.training].append(tuple(self.dropout(torch.ones(64)).tolist()))
+        return self.fc(x.flatten(1))
+
+
+def test_dropout_differs_by_slot_and_step_and_not_by_method(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "masked", Masked)
+    masks = {}
+    for method in METHODS:
+        Masked.seen = {True: [], False: []}
+        trainer.train(tiny(nets=("masked",) * 2, method=method), tmp_path / method, "cpu")
+        assert set(Masked.seen[False]) == {(1.0,) * 64}
+        masks[method] = Masked.seen[True]
+    assert len(set(masks["ind"])) == len(masks["ind"]) == 2 * 4  # two slots, four steps
+    assert all(m == masks["ind"] for m in masks.values())
 
 
 # -- interruption

@@ -1,0 +1,152 @@
+"""The command line as a user calls it: exit statuses, and one line for every mistake."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from silalib import experiments
+from silalib.__main__ import main, seconds
+from silalib.paths import ROOT, results_folder
+from silalib.runs import Run
+
+
+@pytest.fixture
+def one_exhibit(monkeypatch):
+    """An exhibit of two tiny runs."""
+
+    def grid(profile="quick", seeds=None):
+        seeds = experiments.seeds_for("tiny", profile, seeds)
+        return [
+            Run("digits", ("convnet12",) * (1 + (m == "sila")), m, s, width=0.0625, epochs=1, train_size=64,
+                batch_size=32, milestones=(), augment="none")
+            for s in seeds for m in ("ind", "sila")
+        ]  # fmt: skip
+
+    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", grid, "00_tiny")})
+    return grid
+
+
+def call(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "silalib", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "table9"], "invalid choice: 'table9'"),
+        (["train", "table1", "--profile", "fast"], "invalid choice: 'fast'"),
+        (["train", "table1", "--seeds", "-1"], "'-1' is not a whole number from 0"),
+        (["train", "table1", "--seeds", "x"], "'x' is not a whole number from 0"),
+        (["train", "table1", "--workers", "0"], "'0' is not a whole number from 1"),
+        (["train", "table1", "--budget", "soon"], "'soon' is no duration: use 90s, 9m or 1.5h"),
+        (["train"], "required"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_wrong_usage_is_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data", "cifar"], "unknown data set 'cifar': choose from digits, mnist, cifar10, cifar100"),
+        (["train", "table1", "--device", "tpu"], "unknown device 'tpu'"),
+        (["train", "table1", "--device", "cuda:99"], "is not here"),
+    ],
+)
+def test_a_mistake_is_one_line_and_1(arguments, message, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_missing_data_is_one_line_and_1(tmp_path):
+    """Without a network; the proxy makes sure that there is none."""
+    done = call(
+        "train", "fig6", "--profile", "paper", SILALIB_DATA=str(tmp_path / "data"), SILALIB_RESULTS=str(tmp_path),
+        http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"silalib: error: no network and {tmp_path / 'data' / 'MNIST/raw'} is missing: "
+        "put MNIST there, or use --profile quick"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_train_status_and_resume(one_exhibit, results, capsys):
+    arguments = ["train", "tiny", "--workers", "1"]
+    assert main([*arguments, "--budget", "0.01s"]) == 75
+    assert "stopped with 2 of 2 runs left; start again to go on" in capsys.readouterr().err
+    assert main(["status", "tiny"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split() == ["tiny", "-", "-", "-", "2", "-", "-"]
+    assert main(arguments) == 0
+    assert main(["status", "tiny"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["tiny", "2", "-", "-", "-", "-", "-"]
+    before = {p: p.read_bytes() for p in results.rglob("result.json")}
+    assert len(before) == 2
+    assert main(arguments) == 0  # trains nothing
+    assert {p: p.read_bytes() for p in results.rglob("result.json")} == before
+
+
+def test_only_whole_starts_nothing_that_cannot_end(one_exhibit, monkeypatch):
+    """A run that would take longer than the budget is given up soon after its first seconds."""
+    from dataclasses import replace
+
+    long = lambda profile="quick", seeds=None: [replace(run, epochs=100000) for run in one_exhibit(profile, seeds)]
+    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", long, "00_tiny")})
+    monkeypatch.setattr("silalib.trainer.PROBE_SECONDS", 0.2)
+    assert main(["train", "tiny", "--workers", "1", "--budget", "20s", "--only-whole"]) == 75
+
+
+@pytest.mark.parametrize("text, value", [("90", 90), ("90s", 90), ("9m", 540), ("1.5h", 5400)])
+def test_durations(text, value):
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "m", "-5m", "9 minutes"])
+def test_bad_durations(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        seconds(text)
+
+
+def test_data_command(capsys):
+    assert main(["data", "digits"]) == 0
+    assert "1297 training and 500 test images" in capsys.readouterr().out
+
+
+def test_results_folder_is_moved_by_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SILALIB_RESULTS", str(tmp_path))
+    assert results_folder("quick") == tmp_path / "quick"
+
+
+def test_a_results_folder_that_cannot_be_written(one_exhibit, monkeypatch, tmp_path, capsys):
+    blocked = tmp_path / "a-file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("SILALIB_RESULTS", str(blocked))
+    assert main(["train", "tiny", "--workers", "1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "Traceback" not in error and str(blocked) in error
+
+
+def test_a_record_says_where_it_comes_from(one_exhibit, results):
+    assert main(["train", "tiny", "--workers", "1"]) == 0
+    for path in results.rglob("result.json"):
+        provenance = json.loads(path.read_bytes())["provenance"]
+        assert {"silalib", "torch", "device", "precision", "data_sha256", "seconds", "finished"} <= set(provenance)

@@ -1,0 +1,71 @@
+"""The grids of the exhibits against what the paper lists."""
+
+import pytest
+
+from silalib import experiments
+from silalib.errors import UserError
+from silalib.experiments import EXHIBITS, PROFILES, fig3, fig6, table1
+
+
+@pytest.mark.parametrize("profile", ["quick", "short", "paper"])
+def test_table1_has_every_row_of_the_paper(profile):
+    grid = table1(profile, [7])
+    assert len(grid) == 18 == len(set(grid))
+    assert sum(len(run.nets) for run in grid) == 33
+    m, r, v = "mobilenet", "resnet18", "vgg13"
+    expected = {("ind", (net,)) for net in (m, r, v)}
+    expected |= {(k, p) for k in ("sila", "dml", "sila+dml") for p in ((m, m), (r, r), (m, r), (v, v), (m, v))}
+    assert {(run.method, run.nets) for run in grid} == expected
+
+
+def test_the_papers_protocol_is_the_default():
+    for run in table1("paper"):
+        assert (run.dataset, run.epochs, run.batch_size, run.lr, run.width) == ("cifar100", 260, 128, 0.1, 1)
+        assert run.milestones == (30, 55, 80, 105, 135, 160, 180, 200, 220, 240)
+    assert {run.seed for run in table1("paper")} == {0, 1, 2}
+
+
+def test_figure_6_is_the_papers():
+    grid = fig6("paper")
+    assert {(run.method, run.nets, run.seed) for run in grid} == {
+        (method, nets, seed)
+        for method, nets in (("ind", ("convnet12",)), ("sila", ("convnet12",) * 2))
+        for seed in (0, 1, 2)
+    }
+    for run in grid:
+        assert (run.dataset, run.epochs, run.lr, run.milestones, run.augment) == ("mnist", 20, 0.1, (), "none")
+        assert (run.momentum, run.nesterov, run.weight_decay, run.batch_size) == (0.9, False, 5e-4, 128)
+
+
+def test_figure_3_trains_nothing_of_its_own():
+    for profile in PROFILES:
+        assert set(fig3(profile)) <= set(table1(profile))
+        assert len(fig3(profile, [0, 1])) == 4
+
+
+def test_milestones_scale_with_the_schedule():
+    assert experiments.scaled_milestones(26) == (3, 5.5, 8, 10.5, 13.5, 16, 18, 20, 22, 24)
+
+
+def test_small_is_real_and_fixed():
+    for run in table1("small"):
+        assert (run.dataset, run.train_size, run.epochs, run.width) == ("cifar100", 10000, 30, 0.25)
+        assert set(run.nets) == {"resnet18"}
+    assert {run.method for run in table1("small")} == {"ind", "sila", "dml", "sila+dml"}
+
+
+@pytest.mark.parametrize("name", EXHIBITS)
+def test_seeds_and_profiles(name):
+    grid = EXHIBITS[name].grid
+    assert {run.seed for run in grid("quick")} == {0, 1}
+    assert {run.seed for run in grid("small")} == {0, 1, 2}
+    assert {run.seed for run in grid("quick", [5])} == {5}
+    with pytest.raises(UserError, match="unknown profile 'fast': choose from quick, small, short, paper"):
+        grid("fast")
+    for seeds in ("0", 0, [], [-1], [0.5], ["1"]):
+        with pytest.raises(UserError, match="give a list of whole numbers"):
+            grid("quick", seeds)
+
+
+def test_no_run_of_quick_needs_a_network():
+    assert {run.dataset for exhibit in EXHIBITS.values() for run in exhibit.grid("quick")} == {"digits"}

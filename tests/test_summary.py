@@ -1,0 +1,109 @@
+"""Means, intervals and gains over seeds, on records whose answer is known by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from silalib import summary
+from silalib.experiments import table1
+
+
+def made_up(grid, value):
+    """Records whose metrics are value(run, head) for accuracies and a hundredth of it for NLL."""
+
+    def heads(run):
+        numbers = [value(run, head) for head in range(len(run.nets))]
+        return [{"top1": n, "top5": n, "best": n, "nll": n / 100} for n in numbers]
+
+    return {run: SimpleNamespace(heads=heads(run)) for run in grid}
+
+
+def test_interval_by_hand():
+    # mean 4, standard deviation 2, t(0.975, 2) = 4.3027, so half = 4.3027 * 2 / sqrt(3)
+    mean, half = summary.interval([2, 4, 6])
+    assert mean == 4
+    assert half == pytest.approx(4.3027 * 2 / 3**0.5, rel=1e-4)
+
+
+def test_interval_of_one_or_no_value():
+    assert summary.interval([3.0])[0] == 3
+    assert np.isnan(summary.interval([3.0])[1])
+    assert np.isnan(summary.interval([])).all()
+
+
+def test_gains_are_paired_by_seed_and_positive_when_better():
+    grid = table1("paper", [0, 1])
+    base = {("ind", 0): 50.0, ("ind", 1): 60.0, ("sila", 0): 53.0, ("sila", 1): 61.0}
+    records = made_up(grid, lambda run, head: base.get((run.method, run.seed), 40.0) + head)
+    cells = summary.cells(grid, records, ("top1", "nll"), "table1")
+    rows = summary.over_seeds(cells).set_index(["pair", "method", "net", "metric"])
+    one = rows.loc[("ResNet18+ResNet18", "SiLa", 1, "top1")]
+    assert (one["mean"], one["n"], one["gain"]) == (57, 2, 2)  # gains 3 and 1
+    assert one["gain_half"] == pytest.approx(12.7062 * 2**0.5 / 2**0.5, rel=1e-4)  # t(0.975, 1), deviation sqrt(2)
+    assert rows.loc[("ResNet18+ResNet18", "SiLa", 2, "top1"), "gain"] == 3
+    # a larger NLL is worse, so the same differences count as losses
+    assert rows.loc[("ResNet18+ResNet18", "SiLa", 1, "nll"), "gain"] == pytest.approx(-0.02)
+    assert rows.loc[("ResNet18+ResNet18", "DML", 1, "top1"), "gain"] == -15
+    assert np.isnan(rows.loc[("ResNet18", "IND", 1, "top1"), "gain"])
+
+
+def test_the_papers_numbers_stand_beside_ours():
+    cells = summary.cells(table1("paper", [0]), {}, ("top1", "top5", "best", "nll"), "table1")
+    rows = summary.over_seeds(cells).set_index(["pair", "method", "net", "metric"]).sort_index()
+    # printed: MobileNet alone 66.90 and NLL 1.46; with ResNet18 and SiLa+DML 71.51 and 1.10
+    assert rows.loc[("MobileNet", "IND", 1, "top1"), "paper"] == 66.9
+    mixed = rows.loc[("MobileNet+ResNet18", "SiLa+DML", 1)]
+    assert mixed.loc["top1", "paper"] == 71.51
+    assert mixed.loc["top1", "paper_gain"] == pytest.approx(4.61)
+    assert mixed.loc["nll", "paper_gain"] == pytest.approx(0.36)
+    # Net2 is compared with its own network alone: ResNet18's 76.88 with 76.45
+    assert rows.loc[("MobileNet+ResNet18", "SiLa+DML", 2, "top1"), "paper_gain"] == pytest.approx(0.43)
+    assert np.isnan(rows.loc[("ResNet18+ResNet18", "SiLa", 2, "top1"), "paper"])  # not in our copy of the table
+    assert rows["mean"].isna().all() and (rows["n"] == 0).all()
+
+
+def test_score_of_the_printed_table():
+    cells = summary.cells(table1("paper", [0]), {}, ("top1", "top5", "best", "nll"), "table1")
+    # 7 SiLa rows and 10 of each other method are printed with four numbers; every one is above IND
+    for method, rows in (("sila", 7), ("dml", 10), ("sila+dml", 10)):
+        won, total, gain, half = summary.score(cells, method, "paper_gain")
+        assert (won, total) == (4 * rows, 4 * rows)
+        assert gain > 0 and np.isnan(half)
+    # the seven printed top-1 gains of SiLa: 2.28, 1.40, 2.27, 0.75, 1.00, 1.98, 1.41
+    assert summary.score(cells, "sila", "paper_gain")[2] == pytest.approx(11.09 / 7)
+
+
+def test_score_of_records():
+    grid = table1("paper", [0, 1, 2])
+    gains = {0: 1.0, 1: 2.0, 2: 3.0}
+    better = made_up(grid, lambda run, head: 50.0 + (gains[run.seed] if run.method == "sila" else 0))
+    cells = summary.cells(grid, better, ("top1", "nll"))
+    won, total, gain, half = summary.score(cells, "sila")
+    assert (won, total, gain) == (10, 20, 2)  # ten top-1 cells won, ten NLL cells lost
+    assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert summary.score(cells, "dml")[:3] == (0, 20, 0)  # equal is not won
+    assert summary.score(summary.cells(grid, {}, ("top1",)), "sila")[:2] == (0, 0)
+
+
+def test_comparison_says_what_was_not_run_and_what_did_not_learn():
+    grid = table1("quick", [0])
+    records = made_up(grid, lambda run, head: 70.0 if run.nets == ("mobilenet",) else 90.0)
+    records = {run: record for run, record in records.items() if "vgg13" not in run.nets}
+    table = summary.comparison(summary.over_seeds(summary.cells(grid, records, ("top1",), "table1")), ("top1",), 80)
+    assert len(table) == 33
+    shown = table.set_index([("", "Networks"), ("", "Method"), ("", "")])["Top-1"]
+    assert shown.loc[("ResNet18", "IND", ""), "ours"] == "90.00"
+    assert shown.loc[("MobileNet", "IND", "(did not learn)"), "ours"] == "70.00"
+    assert shown.loc[("MobileNet+ResNet18", "SiLa", "Net1 (did not learn)"), "gain"] == "+20.00"
+    assert shown.loc[("MobileNet+ResNet18", "SiLa", "Net2"), "gain"] == "+0.00"
+    assert shown.loc[("VGG13+VGG13", "DML", "Net1"), "ours"] == "not run"
+    assert shown.loc[("VGG13+VGG13", "DML", "Net1"), "paper"] == "73.76"
+
+
+@pytest.mark.parametrize(
+    "mean, half, text", [(1.234, np.nan, "1.23"), (1.234, 0.5, "1.23 ± 0.50"), (np.nan, np.nan, "")]
+)
+def test_plus_minus(mean, half, text):
+    assert summary.plus_minus(mean, half) == text
+    assert summary.plus_minus(mean, half, signed=True) == (f"+{text}" if text else "")
