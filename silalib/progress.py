@@ -41,7 +41,7 @@ class Progress:
         if (in_notebook() or sys.stderr.isatty()) and not os.environ.get("TQDM_DISABLE"):
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed} {postfix}", leave=False)
+            self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar}| {elapsed}{postfix}", leave=False)
 
     def message(self, run, text=None, step=0, total=1, top1=None, resumed=False, final=None):
         """One message of a run in progress."""
@@ -56,7 +56,7 @@ class Progress:
         if top1:
             self.accuracy[run] = f", top-1 {numbers(top1)}"
         doing = final or f"epoch {run.epochs * step / total:.1f} of {run.epochs}{self.accuracy.get(run, '')}"
-        status = f"{self.ended}/{len(self.costs)} runs, {self.left()}| {run}: {doing}"
+        status = f"{self.ended}/{len(self.costs)} runs, {self.left()}{doing} | {run}"  # a terminal cuts off its end
         if self.bar is not None:
             self.bar.n = 100 * self.done()
             self.bar.set_postfix_str(status)
@@ -67,7 +67,7 @@ class Progress:
         """A run has ended: `outcome` is its accuracy, or why there is none."""
         self.share[run] = 1.0
         self.ended += 1
-        self.line(f"{self.ended}/{len(self.costs)} runs, {self.left()}| {run}: {outcome}")
+        self.line(f"{self.ended}/{len(self.costs)} runs, {self.left()}{run}: {outcome}")
 
     def done(self):
         return sum(self.share[r] * c for r, c in self.costs.items()) / sum(self.costs.values())
@@ -80,7 +80,7 @@ class Progress:
         elapsed = time.monotonic() - self.started
         if trained < 1e-3 or elapsed < 3:
             return ""
-        return f"about {duration(elapsed / trained * (1 - self.done()))} left " if self.done() < 1 else ""
+        return f"{duration(elapsed / trained * (1 - self.done()))} left, " if self.done() < 1 else ""
 
     def line(self, text):
         self.last_line = time.monotonic()
