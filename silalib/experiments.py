@@ -64,7 +64,7 @@ NOISE = {
     "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2),
     "small": dict(noise_images=1000, noise_sigmas=5, noise_draws=3),
     "short": dict(noise_images=10000),
-    "paper": dict(noise_images=10000, hessian_images=2000),
+    "paper": dict(noise_images=10000, hessian_images=500),
 }
 """Robustness is measured on Table 1's ResNet18 (Figure 7)."""
 

@@ -78,13 +78,10 @@ class Job:
     def train(self, run, stopped, tell):
         """Train one run unless another process has done it meanwhile. Returns the outcome in words."""
         folder = self.folder / run.key
-        parent = os.getppid()
 
         def stop():
             if stopped():
                 return "stopped"
-            if os.getppid() != parent:
-                return "the main process has gone"
             if self.deadline and time.time() > self.deadline:
                 return "the budget is used up"
             return None
@@ -170,8 +167,8 @@ def attempt(job, run, stopped, tell):
     """The outcome of one run: words, or the exception that ended it."""
     try:
         return job.train(run, stopped, tell)
-    except (UserError, MissingData) as error:
-        return error
+    except UserError as error:
+        return error.with_traceback(None)  # which would keep the networks in memory
     except torch.OutOfMemoryError:
         return UserError(
             f"{run}: out of GPU memory at batch size {run.batch_size}: use fewer --workers or --device cpu"
@@ -189,7 +186,8 @@ def start_worker(messages, stop):
 
 
 def work(job, run):
-    return attempt(job, run, _stop.is_set, lambda **message: _messages.put(message))
+    stopped = lambda: _stop.is_set() or not multiprocessing.parent_process().is_alive()
+    return attempt(job, run, stopped, lambda **message: _messages.put(message))
 
 
 @contextmanager

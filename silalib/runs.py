@@ -20,7 +20,7 @@ import numpy as np
 
 from .augment import AUGMENTATIONS
 from .data import DATASETS
-from .errors import UserError
+from .errors import Stopped, UserError
 from .losses import LABELS, METHODS
 from .models import MODELS, SMALLEST_IMAGE
 from .paths import results_folder
@@ -149,8 +149,10 @@ class Run:
 class Record:
     """What a finished run left on disk; files are verified when they are read.
 
-    result: final metrics per head (a list), curvature, provenance. history: data frame with a row per epoch and head.
-    test, features: arrays by name, one entry per head with suffix _0, _1 ..; noise: data frame, empty if not measured.
+    result: final metrics per head (a list, with the curvature if it was measured), provenance. history: data frame
+    with a row per epoch and head.
+    test, features: arrays by name, one entry per head with suffix _0, _1 ..; noise: data frame. Reading a part that
+    was not measured, is missing or is damaged raises UserError.
     """
 
     run: Run
@@ -330,7 +332,7 @@ def lock(folder, wait, message=lambda text: None):
                     message("another process is training this run: waiting for it")
                 told = True
                 if not wait():
-                    raise UserError("stopped while waiting for another process") from None
+                    raise Stopped("stopped while waiting for another process") from None
     except PermissionError:
         raise UserError(f"cannot write to {folder}: set SILALIB_RESULTS to a folder of yours") from None
     try:
@@ -345,7 +347,8 @@ def ensure(runs, profile="quick", device="auto", workers=None, train=True, budge
     profile: the folder under results/ for new records. device: "auto", "cpu", "cuda" or "cuda:1".
     workers: runs trained at once, by default one per CPU core on a CPU (one thread each) and one on a GPU.
     train: False only loads; a run without a record is then left out of the dict.
-    budget: seconds after which training stops cleanly; only_whole starts no run that would not end in it.
+    budget: seconds after which training stops cleanly; only_whole gives a run up, with a checkpoint, as soon as its
+    measured speed says that its training would not end in them.
     retry: train runs again that failed before.
     Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
     """

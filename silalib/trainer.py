@@ -1,7 +1,8 @@
 """One short loop for every method and every network: one backward of the summed loss, one optimizer.
 
-The learning rate and all randomness are pure functions of the step, so a resumed run ends where an uninterrupted one
-does, and every method with the same seed sees the same data in the same order.
+The learning rate and all randomness are pure functions of the step: a resumed run goes on as an uninterrupted one
+would, to the last bit on a CPU with the same threads, and with one seed every method begins from the same weights of
+Net1 and sees the same augmented batches in the same order.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ import math
 import platform
 import subprocess
 import time
-from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -52,13 +52,17 @@ def build(run, slot):
         return MODELS[run.nets[slot]](spec.classes, spec.image[0], run.width)
 
 
-def precision(run, device):
-    """torch.bfloat16 where it pays, else torch.float32: on GPUs, and on CPUs with bfloat16 units for wide networks."""
+def precision(net, width, device):
+    """Of one network: torch.bfloat16 where the device has units for it and it pays, else torch.float32.
+
+    On a CPU it pays for wide networks without depthwise convolutions.
+    """
     if device.type == "cuda":
-        return torch.bfloat16
-    units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dense = all(net.startswith(("resnet", "vgg")) for net in run.nets)
-    return torch.bfloat16 if units and dense and run.width >= 0.25 else torch.float32
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    pays = device.type == "cuda" or (net.startswith(("resnet", "vgg")) and width >= 0.25)
+    return torch.bfloat16 if units and pays else torch.float32
 
 
 def pick_device(name):
@@ -84,8 +88,9 @@ def train(run, folder, device="auto", stop=lambda: None, progress=lambda **messa
     Stopped as soon as the measured speed says that the run will not end in that time. Raises Diverged for a loss that
     is not finite.
     """
-    with torch.random.fork_rng(devices=[]):
-        return Training(run, folder, pick_device(device), stop, progress, hurry).finish()
+    device = pick_device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return Training(run, folder, device, stop, progress, hurry).finish()
 
 
 class Training:
@@ -100,7 +105,7 @@ class Training:
         self.normalise = Normalise(*data.normalisation(self.splits["train"])).to(device)
         self.nets = [build(run, slot).to(device, memory_format=torch.channels_last) for slot in range(len(run.nets))]
         self.dropout = [any(isinstance(m, nn.Dropout) for m in net.modules()) for net in self.nets]
-        self.dtype = precision(run, device)
+        self.dtypes = [precision(net, run.width, device) for net in run.nets]
         self.loss = METHODS[run.method]
         self.loss_arguments = {"betas": run.betas} | ({"coupling": run.coupling} if "sila" in run.method else {})
         self.optimizer = torch.optim.SGD(
@@ -155,27 +160,22 @@ class Training:
         sums = statistics([z.detach() for z in logits], [z.grad for z in logits], target)
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def forward(self, images, training=False, nets=None):
-        """float32 logits (B, N) of every head for uint8 images (B, H, W, C)."""
+    def forward(self, images, training=False, slots=None):
+        """float32 logits (B, N) of every head for uint8 images (B, H, W, C); of the slots asked for, or all."""
         x = self.normalise(images.permute(0, 3, 1, 2))
         logits = []
-        for slot, net in enumerate(nets or self.nets):
+        for slot in range(len(self.nets)) if slots is None else slots:
+            net = self.nets[slot]
             net.train(training)
             if training and self.dropout[slot]:
                 torch.manual_seed(derive(self.run.seed, "dropout", slot, self.step))
-            with self.autocast():
+            with torch.autocast(self.device.type, self.dtypes[slot], enabled=self.dtypes[slot] != torch.float32):
                 z = net(x)
             logits += z if isinstance(z, tuple) else [z]
         return [z.float() for z in logits]
 
-    def autocast(self):
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
     def end_of_epoch(self, epoch, seconds_train):
         began = time.monotonic()
-        # row count of a batch mean: the sums hold one entry per step
         means = (self.sums / self.steps_per_epoch).tolist()
         self.sums = None
         lr = learning_rate(self.run, self.step - 1, self.steps_per_epoch)
@@ -195,12 +195,17 @@ class Training:
         self.report(top1=[round(t["top1"], 2) for t in test])
 
     @torch.no_grad()
-    def predict(self, images, nets=None):
+    def predict(self, images, slots=None):
         """float32 logits (n, N) of every head, in evaluation mode."""
-        batches = [self.forward(images[i : i + EVAL_BATCH], nets=nets) for i in range(0, len(images), EVAL_BATCH)]
+        batches = [self.forward(images[i : i + EVAL_BATCH], slots=slots) for i in range(0, len(images), EVAL_BATCH)]
         return [torch.cat(head) for head in zip(*batches)]
 
     # -- interruption
+
+    def check(self):
+        """Between the parts of the final evaluations: stop when asked to; the training is saved."""
+        if reason := self.stop():
+            raise Stopped(f"{self.run}: {reason} in the final evaluations; the training is saved")
 
     def report(self, **more):
         self.reported = time.monotonic()
@@ -254,6 +259,7 @@ class Training:
 
     def write(self):
         """The final evaluations, and the record. Everything is measured now: weights are rarely kept."""
+        self.save()  # what follows can take minutes, and is stopped between its parts
         began = time.monotonic()
         run, train, test = self.run, self.splits["train"], self.splits["test"]
         spec = data.DATASETS[run.dataset]
@@ -313,9 +319,10 @@ class Training:
         images, labels = self.fixed_train_images(run.noise_images)
         for head, net in enumerate(self.nets):
             for kind in ("absolute", "filter"):
+                self.check()
                 curve = robustness.parameter_noise(
                     net,
-                    lambda net: self.predict(images, [net])[0],
+                    lambda net, slot=head: self.predict(images, [slot])[0],
                     labels,
                     run.noise_sigmas,
                     run.noise_draws,
@@ -334,8 +341,10 @@ class Training:
             net.eval()
             values = {"images": len(labels)}
             for name, scaled in (("absolute", False), ("filter", True)):
+                self.check()
                 loss = lambda net=net: metrics.cross_entropy(net(x), labels).mean()
-                value, steps, residual = robustness.largest_eigenvalue(loss, net.parameters(), scaled)
+                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                    value, steps, residual = robustness.largest_eigenvalue(loss, net.parameters(), scaled)
                 values |= {name: value, f"{name}_steps": steps, f"{name}_residual": residual}
             self.report(final=f"curvature, network {head + 1} of {len(self.nets)}")
             yield values
@@ -361,7 +370,7 @@ class Training:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if gpu else processor(),
             "threads": torch.get_num_threads(),
-            "precision": str(self.dtype).removeprefix("torch."),
+            "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.dtypes)),
             "data_sha256": self.data_checksum,
             "train_images": len(self.target),
             "seconds": round(self.seconds, 1),

@@ -6,6 +6,8 @@ with BatchNorm and ReLU, a 2x2 max-pool after the first three groups.
 
 from torch import nn
 
+from .layers import ClassLayer
+
 
 class ConvNet12(nn.Module):
     """(B, in_channels, 28, 28) -> (B, num_classes); `embed(x)` gives the (B, 2) features before the last layer."""
@@ -22,7 +24,7 @@ class ConvNet12(nn.Module):
                 inputs = channels
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten())
         self.feature = nn.Linear(9 * channels, 2)
-        self.fc = nn.Linear(2, num_classes)
+        self.fc = ClassLayer(2, num_classes)
 
     def embed(self, x):
         return self.feature(self.features(x))

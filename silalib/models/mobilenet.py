@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from .layers import ClassLayer
+
 # (channels, stride) of the thirteen depthwise-separable blocks
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)) + ((512, 1),) * 5 + ((1024, 2), (1024, 1))
 
@@ -19,7 +21,7 @@ class MobileNet(nn.Module):
             layers += conv_bn_relu(inputs, channels, 1)
             inputs = channels
         self.features = nn.Sequential(*layers)
-        self.fc = nn.Linear(inputs, num_classes)
+        self.fc = ClassLayer(inputs, num_classes)
 
     def forward(self, x):
         return self.fc(self.features(x).mean((2, 3)))

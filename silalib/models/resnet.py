@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .layers import ClassLayer
+
 
 class BasicBlock(nn.Module):
     def __init__(self, inputs, channels, stride):
@@ -37,7 +39,7 @@ class ResNet(nn.Module):
             stage = [BasicBlock(inputs if j == 0 else c, c, s) for j, s in enumerate(strides)]
             setattr(self, f"layer{i}", nn.Sequential(*stage))
             inputs = c
-        self.fc = nn.Linear(inputs, num_classes)
+        self.fc = ClassLayer(inputs, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from .layers import ClassLayer
+
 CONVOLUTIONS = {13: (2, 2, 2, 2, 2), 19: (2, 2, 4, 4, 4)}
 
 
@@ -25,7 +27,7 @@ class VGG(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(inputs, units), nn.ReLU(), nn.Dropout(),
             nn.Linear(units, units), nn.ReLU(), nn.Dropout(),
-            nn.Linear(units, num_classes),
+            ClassLayer(units, num_classes),
         )  # fmt: skip
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
