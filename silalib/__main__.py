@@ -142,7 +142,7 @@ def status(options):
         print(f"{name:10}" + "".join(f"{count or '-':>9}" for count in counts))
     if left and speeds:
         each = sum(left.values()) * sum(speeds) / len(speeds)
-        print(f"about {duration(each)} of training left, divided by the number of workers")
+        print(f"about {duration(each)} left for one worker, at the speed at which {len(speeds)} finished runs trained")
     return 0
 
 

@@ -45,7 +45,7 @@ def crop_flip(padded, index, offset, flip, size):
 
 
 class Normalise(torch.nn.Module):
-    """uint8 images (B, C, H, W), or floats from 0 to 1, -> (x - mean) / std per channel."""
+    """Images (B, C, H, W), integers from 0 to 255 or floats from 0 to 1, -> (x - mean) / std per channel."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -53,6 +53,6 @@ class Normalise(torch.nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images):
-        scale = (1 / 255 if images.dtype == torch.uint8 else 1) / self.std
+        scale = (1 if images.is_floating_point() else 1 / 255) / self.std
         shift = -self.mean / self.std
         return torch.addcmul(shift[:, None, None], images.to(self.mean.dtype), scale[:, None, None])

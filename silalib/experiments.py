@@ -1,7 +1,7 @@
 """The grid of each exhibit at each profile, as code: `table1("quick")` -> list of Runs.
 
-A profile scales the paper's protocol, it never skips a row. quick: digits and narrow networks, a stand-in for the
-real data; small: real data within reach of two cores; short: a tenth of the schedule; paper: the paper's own.
+A profile scales the paper's protocol. quick: digits and narrow networks, a stand-in for the real data; small: real
+data within reach of two cores, of Table 1 ResNet18 only; short: a tenth of the schedule; paper: the paper's own.
 """
 
 from collections.abc import Callable

@@ -37,11 +37,12 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
     if budget is None:  # the longest first, so that no worker is left with a long one at the end
         here.sort(key=cost, reverse=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or (cores if device.type == "cpu" else 1)
+    at_once = workers or (cores if device.type == "cpu" else 1)
+    workers = min(at_once, len(here))
     job = Job(
         folder,
         str(device),
-        threads=max(1, cores // workers) if device.type == "cpu" else 1,
+        threads=max(1, cores // at_once) if device.type == "cpu" else 1,
         deadline=None if budget is None else time.time() + budget,
         only_whole=only_whole,
         retry=retry,
@@ -123,9 +124,7 @@ def in_workers(pending, job, workers, stopped, progress):
     context = multiprocessing.get_context("spawn")
     messages, stop = context.Queue(), context.Event()
     outcomes = {}
-    with ProcessPoolExecutor(
-        min(workers, len(pending)), context, initializer=start_worker, initargs=(messages, stop)
-    ) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(messages, stop)) as pool:
         futures = {pool.submit(work, job, run): run for run in pending}
         try:
             while futures:
@@ -138,7 +137,8 @@ def in_workers(pending, job, workers, stopped, progress):
                     settle(run, outcomes[run], progress)
         except BrokenProcessPool:
             raise UserError(
-                "a worker process died (out of memory?): start again to go on, or with fewer --workers"
+                "a worker process died: out of memory (use fewer workers), or a script that calls ensure() outside of "
+                "`if __name__ == '__main__':`; start again to go on"
             ) from None
         finally:
             stop.set()
@@ -201,6 +201,7 @@ def interruptible():
 
     def ask(number, frame):
         stopped.set()
+        os.write(2, b"\nstopping after this step ...\n")  # print() must not be called in a signal handler
         signal.signal(number, usual[number])
 
     for number in usual:

@@ -106,16 +106,16 @@ class SiameseLabelsLoss(torch.nn.Module):
 
 def _checked(logits, target=None):
     """The logits as a list of float tensors of one shape (B, N), float32 at least."""
-    logits = list(logits)
+    logits = [] if torch.is_tensor(logits) and logits.dim() < 3 else list(logits)
     if not logits:
         raise ValueError("no logits: give a list with one tensor (batch, classes) per head")
     shapes = [tuple(z.shape) for z in logits]
     if len(shapes[0]) != 2 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"logits of shapes {shapes}: every head needs the same (batch, classes)")
     if target is not None and tuple(target.shape) != shapes[0][:1]:
-        raise ValueError(
-            f"target of shape {tuple(target.shape)} for logits {shapes[0]}: give one class index per sample"
-        )
+        raise ValueError(f"target of shape {tuple(target.shape)} for logits {shapes[0]}: one class index per sample")
+    if target is not None and target.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"target of {target.dtype}: give class indices as torch.int64")
     return [z.float() if z.dtype in (torch.float16, torch.bfloat16) else z for z in logits]
 
 

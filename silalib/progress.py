@@ -9,13 +9,15 @@ HEARTBEAT_SECONDS = 30
 
 
 def duration(seconds):
-    """12 s, 3 min 05 s, 2 h 07 min."""
+    """12 s, 3 min 05 s, 2 h 07 min, 5 days."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{round(seconds / 86400)} days"
 
 
 def in_notebook():
@@ -78,7 +80,7 @@ class Progress:
         before = sum(self.at_start.get(r, 0) * c for r, c in self.costs.items()) / total
         trained = self.done() - before
         elapsed = time.monotonic() - self.started
-        if trained < 1e-3 or elapsed < 3:
+        if trained < 0.01 or elapsed < 3:
             return ""
         return f"{duration(elapsed / trained * (1 - self.done()))} left, " if self.done() < 1 else ""
 

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -276,17 +277,18 @@ def load_folder(run, folder):
     changed = [k for k, v in run.config.items() if k in config and config[k] != v]
     if changed:
         raise UserError(f"{folder} was trained with another {', '.join(changed)}: a default changed; move it away")
-    return Record(run, folder, result)
+    record = Record(run, folder, result)
+    for name in result["files"]:
+        if not name.endswith(".safetensors"):  # which need not be kept
+            record.read(name)
+    return record
 
 
 def state(run):
     """Where a run stands: "done", "damaged", "running", "failed", "started" (a checkpoint is there) or "pending"."""
     if find(run) is not None:
         try:
-            record = load(run)
-            for name in record.result["files"]:
-                if not name.endswith(".safetensors"):
-                    record.read(name)
+            load(run)
         except UserError:
             return "damaged"
         return "done"
@@ -333,8 +335,9 @@ def lock(folder, wait, message=lambda text: None):
                 told = True
                 if not wait():
                     raise Stopped("stopped while waiting for another process") from None
-    except PermissionError:
-        raise UserError(f"cannot write to {folder}: set SILALIB_RESULTS to a folder of yours") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {folder} ({reason}): set SILALIB_RESULTS to a folder of yours") from None
     try:
         yield
     finally:
@@ -352,10 +355,11 @@ def ensure(runs, profile="quick", device="auto", workers=None, train=True, budge
     retry: train runs again that failed before.
     Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
     """
-    from . import launch
+    from . import launch, trainer
 
     runs = list(dict.fromkeys(runs))
     if train:
+        trainer.pick_device(device)
         pending = [run for run in runs if find(run) is None]
         if pending:
             launch.train_all(pending, results_folder(profile) / "runs", device, workers, budget, only_whole, retry)
@@ -364,9 +368,10 @@ def ensure(runs, profile="quick", device="auto", workers=None, train=True, budge
         if find(run) is not None:
             try:
                 records[run] = load(run)
-            except UserError:
+            except UserError as error:
                 if train:
                     raise
+                print(f"left out: {error}", file=sys.stderr)
     return records
 
 

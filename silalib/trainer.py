@@ -13,6 +13,7 @@ import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -246,7 +247,13 @@ class Training:
         self.saved = time.monotonic()
 
     def resume(self):
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, ValueError, KeyError, UnpicklingError):
+            aside = self.checkpoint.with_suffix(".corrupt")
+            self.checkpoint.replace(aside)
+            self.report(text=f"its checkpoint is damaged and now {aside}; it starts again")
+            return
         if state["protocol"] != PROTOCOL or json.loads(state["config"]) != self.run.config:
             raise UserError(f"{self.checkpoint} is of another configuration: delete it to train the run from its start")
         for net, weights in zip(self.nets, state["nets"]):

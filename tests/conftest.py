@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def comparable():
         return files, history, record.heads, (record.path / "run.json").read_bytes()
 
     return evidence
+
+
+@pytest.fixture
+def usual_interrupt():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started with it ignored, as in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -423,3 +423,11 @@ def test_public_names():
     }
     with pytest.raises(AttributeError, match="no attribute 'siamese'"):
         silalib.siamese  # noqa: B018
+
+
+def test_a_single_tensor_and_wrong_targets_are_explained():
+    logits, target = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="give a list with one tensor"):
+        siamese_labels(logits, target)
+    with pytest.raises(ValueError, match="give class indices"):
+        siamese_labels([logits, logits], target.float())

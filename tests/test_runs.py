@@ -455,7 +455,7 @@ def test_a_budget_stops_within_a_run_and_it_goes_on_later(tiny, monkeypatch, cap
     assert state(run) == "done"
 
 
-def test_a_signal_stops_after_the_step(tiny, monkeypatch, capsys):
+def test_a_signal_stops_after_the_step(tiny, monkeypatch, usual_interrupt):
     run, real = tiny(), trainer.Training.one_step
 
     def interrupted(self, *batch):
@@ -470,7 +470,7 @@ def test_a_signal_stops_after_the_step(tiny, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_second_signal_acts_as_usual():
+def test_the_second_signal_acts_as_usual(usual_interrupt):
     with launch.interruptible() as stopped:
         assert not stopped.is_set()
         signal.raise_signal(signal.SIGINT)
@@ -526,3 +526,26 @@ def test_cost_counts_every_image():
 def test_load_folder_reads_a_record_anywhere(trained):
     run, folder = trained
     assert load_folder(run, folder).heads == json.loads((folder / "result.json").read_bytes())["heads"]
+
+
+@pytest.mark.parametrize("keep", [0, 100, 5000])
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_again(tiny, results, keep):
+    run = tiny()
+    folder = results / "quick" / "runs" / run.key
+    with pytest.raises(Stopped):
+        trainer.train(run, folder, "cpu", stop=lambda: "now")
+    checkpoint = folder / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
+    said = []
+    record = trainer.train(run, folder, "cpu", progress=lambda **message: said.append(message.get("text")))
+    assert any(text and "checkpoint is damaged" in text for text in said)
+    assert (folder / "checkpoint.corrupt").exists()
+    assert len(record.history) == 4
+
+
+def test_a_damaged_record_is_named_and_left_out_when_nothing_is_trained(record, capsys):
+    (record.path / "history.csv").write_bytes(b"epoch\n")
+    assert ensure([record.run], train=False) == {}
+    assert "history.csv is damaged" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"history\.csv is damaged"):
+        ensure([record.run])
