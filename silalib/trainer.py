@@ -249,7 +249,7 @@ class Training:
     def resume(self):
         try:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, ValueError, KeyError, UnpicklingError):
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError):
             aside = self.checkpoint.with_suffix(".corrupt")
             self.checkpoint.replace(aside)
             self.report(text=f"its checkpoint is damaged and now {aside}; it starts again")
