@@ -360,6 +360,8 @@ def ensure(runs, profile="quick", device="auto", workers=None, train=True, budge
     runs = list(dict.fromkeys(runs))
     if train:
         trainer.pick_device(device)
+        if workers is not None and not workers >= 1:
+            raise UserError(f"workers must be a whole number from 1, or None, not {workers}")
         pending = [run for run in runs if find(run) is None]
         if pending:
             launch.train_all(pending, results_folder(profile) / "runs", device, workers, budget, only_whole, retry)

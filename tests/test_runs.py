@@ -543,6 +543,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_again(tiny, result
     assert len(record.history) == 4
 
 
+def test_bad_workers_and_devices_are_refused_although_nothing_is_left_to_train(record):
+    for bad in ({"workers": 0}, {"device": "tpu"}):
+        with pytest.raises(UserError):
+            ensure([record.run], **bad)
+
+
 def test_a_damaged_record_is_named_and_left_out_when_nothing_is_trained(record, capsys):
     (record.path / "history.csv").write_bytes(b"epoch\n")
     assert ensure([record.run], train=False) == {}
