@@ -285,6 +285,7 @@ def provenance(stem, profile, seeds):
         ("runs", f"{len(records)} of {len(grid)}"),
     ]
     counts = {"runs": len(grid), "missing": len(grid) - len(records), "trained": sum(o["seconds"] for o in origins)}
+    counts["damaged"] = sum(runs.state(run) == "damaged" for run in grid if run not in records)
     return [(label, text) for label, text in facts if text], counts
 
 

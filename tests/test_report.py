@@ -240,7 +240,7 @@ def test_page_names_its_records(record):
     assert facts["data"] == "digits (8x8, enlarged), 64 training images"
     assert facts["versions"] == f"PyTorch {origin['torch']}, Python {origin['python']}"
     assert facts["trained"] == origin["finished"][:10] and facts["precision"] == origin["precision"]
-    assert "Stand-in data (scikit-learn" in content and "1 of 2 runs of this page have not been run" in content
+    assert "Stand-in data (scikit-learn" in content and "1 of 2 runs of this page are missing" in content
     other = page("# The method", profile="small")
     assert re.findall(r"<dt>(.*?)</dt> <dd>(.*?)</dd>", other) == [("profile", "small")] and "Stand-in" not in other
 
