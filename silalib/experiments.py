@@ -53,7 +53,7 @@ def cifar_run(profile, nets, **changes):
             dataset="digits", train_size=512, batch_size=32, epochs=6, width=0.125, augment="none",
             milestones=scaled_milestones(6), gamma=0.75,
         ),
-        "small": dict(train_size=10000, width=0.25, epochs=30, milestones=scaled_milestones(30)),
+        "small": dict(train_size=10000, width=0.25, epochs=30, milestones=scaled_milestones(30), gamma=0.7),
         "short": dict(epochs=26, milestones=scaled_milestones(26)),
         "paper": {},
     }[profile]  # fmt: skip
