@@ -23,7 +23,7 @@ from .augment import AUGMENTATIONS
 from .data import DATASETS
 from .errors import Stopped, UserError
 from .losses import LABELS, METHODS
-from .models import MODELS, SMALLEST_IMAGE
+from .models import IMAGENET_STEM, MODELS, SMALLEST_IMAGE, STEMS
 from .paths import results_folder
 
 PROTOCOL = 1
@@ -44,6 +44,7 @@ class Run:
     method: str = "sila"
     seed: int = 0
     width: float = 1.0  # of every network
+    stem: str = "cifar"  # or "imagenet": the first layers of every network
     betas: tuple | None = None  # one weight per head, None for 1 each
     coupling: float = 1.0  # SiLa's coupling beside the independent terms
     epochs: int = 260
@@ -90,6 +91,7 @@ class Run:
             ("data set", self.dataset, DATASETS),
             ("method", self.method, METHODS),
             ("augmentation", self.augment, AUGMENTATIONS),
+            ("stem", self.stem, STEMS),
             *[("network", net, MODELS) for net in self.nets],
         ]:
             if value not in known:
@@ -126,8 +128,15 @@ class Run:
             least = SMALLEST_IMAGE.get(net, 1)
             if min(height, width) < least:
                 raise UserError(f"{net} needs images of {least}x{least} or more; {self.dataset} has {height}x{width}")
+            if self.stem == "imagenet" and net not in IMAGENET_STEM:
+                raise UserError(f"{net} has no stem for large images: choose from {', '.join(IMAGENET_STEM)}")
         if self.train_size is not None and self.train_size < self.batch_size:
             raise UserError(f"train_size {self.train_size} is below the batch size {self.batch_size}")
+
+    def network(self, slot):
+        """The network of a slot, with initial weights from PyTorch's global generator."""
+        spec = DATASETS[self.dataset]
+        return MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem)
 
     @property
     def config(self):
@@ -394,8 +403,7 @@ def load_network(run, head=0):
     if not (record.path / "weights.safetensors").exists():
         raise UserError(f"the weights of {run.key} were not kept: delete {record.path} and train the run again")
     tensors = load_tensors(record.read("weights.safetensors"))
-    spec = DATASETS[run.dataset]
-    network = MODELS[run.nets[head]](spec.classes, spec.image[0], run.width)
+    network = run.network(head)
     prefix = f"{head}."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return torch.nn.Sequential(Normalise(tensors["mean"], tensors["std"]), network).eval()

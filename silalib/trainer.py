@@ -22,7 +22,7 @@ from . import data, metrics, robustness
 from .augment import Normalise, crop_flip, epoch_plan, pad
 from .errors import Stopped, UserError
 from .losses import METHODS
-from .models import MODELS, count_macs, count_parameters
+from .models import count_macs, count_parameters
 from .paths import ROOT
 from .randomness import derive
 from .runs import PROTOCOL, to_csv, to_npz, write_atomically, write_record
@@ -47,10 +47,9 @@ def learning_rate(run, step, steps_per_epoch):
 
 def build(run, slot):
     """The network of one slot with its initial weights, a function of (seed, slot) alone."""
-    spec = data.DATASETS[run.dataset]
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(derive(run.seed, "weights", slot))
-        return MODELS[run.nets[slot]](spec.classes, spec.image[0], run.width)
+        return run.network(slot)
 
 
 def precision(net, width, device):

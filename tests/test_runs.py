@@ -35,10 +35,11 @@ def test_key_is_readable_and_stable():
 
 OTHER = {
     "dataset": "cifar10",
-    "nets": ("resnet18", "mobilenet"),
+    "nets": ("resnet18", "resnet34"),
     "method": "dml",
     "seed": 1,
     "width": 0.5,
+    "stem": "imagenet",
     "betas": (1.0, 2.0),
     "coupling": 0.5,
     "epochs": 10,

@@ -1,6 +1,7 @@
-"""The networks of the paper. MODELS: name -> factory(num_classes, in_channels=3, width=1.0).
+"""The networks of the paper. MODELS: name -> factory(num_classes, in_channels=3, width=1.0, stem="cifar").
 
-`width` scales every layer's channels (and VGG's 4096 units); 1 is the published network.
+`width` scales every layer's channels (and VGG's 4096 units); 1 is the published network. `stem` "imagenet" gives the
+ResNets the first layers for large images; a network without such a stem raises ValueError.
 """
 
 from math import prod
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from .convnet import convnet12
+from .densenet import densenet121
 from .mobilenet import mobilenet
 from .resnet import resnet18, resnet34
 from .vgg import vgg13, vgg19
+from .wrn import wrn16_10
 
 MODELS = {
     "mobilenet": mobilenet,
@@ -19,6 +22,8 @@ MODELS = {
     "resnet34": resnet34,
     "vgg13": vgg13,
     "vgg19": vgg19,
+    "wrn16_10": wrn16_10,
+    "densenet121": densenet121,
     "convnet12": convnet12,
 }
 
@@ -28,9 +33,16 @@ NAMES = {
     "resnet34": "ResNet34",
     "vgg13": "VGG13",
     "vgg19": "VGG19",
+    "wrn16_10": "WRN-16-10",
+    "densenet121": "DenseNet121",
     "convnet12": "12-layer ConvNet",
 }
 """Network name -> the paper's spelling."""
+
+STEMS = ("cifar", "imagenet")
+
+IMAGENET_STEM = ("resnet18", "resnet34")
+"""The networks that have the stem "imagenet"."""
 
 SMALLEST_IMAGE = {"vgg13": 32, "vgg19": 32}
 """Network name -> the smallest height and width it takes, where it has a limit."""
