@@ -37,6 +37,7 @@ class Dataset:
 
 DATASETS = {
     "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1297, 500),
+    "digits64": Dataset("digits (8x8, enlarged to 64x64)", 10, (1, 64, 64), 1297, 500),
     "mnist": Dataset(
         "MNIST",
         10,
@@ -101,7 +102,7 @@ def load(name):
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
-    arrays = _digits() if name == "digits" else _from_torchvision(name)
+    arrays = _digits(DATASETS[name].image[1]) if name.startswith("digits") else _from_torchvision(name)
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.contiguous().numpy())
@@ -120,13 +121,13 @@ def fetch(name):
         load(name)
 
 
-def _digits():
-    """The last 500 images to test on, the others to train on, enlarged to 32x32 once."""
+def _digits(size):
+    """The last 500 images to test on, the others to train on, enlarged to size x size once."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, size=32, mode="bilinear", align_corners=False).round().to(torch.uint8)
+    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False).round().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()
     n = DATASETS["digits"].train
     return images[:n], labels[:n], images[n:], labels[n:]

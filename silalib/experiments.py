@@ -1,7 +1,7 @@
 """The grid of each exhibit at each profile, as code: `table1("quick")` -> list of Runs.
 
 A profile scales the paper's protocol. quick: digits and narrow networks, a stand-in for the real data; small: real
-data within reach of two cores, of Table 1 ResNet18 only; short: a tenth of the schedule; paper: the paper's own.
+data within reach of two cores, one pair of networks a table; short: a tenth of the schedule; paper: the paper's own.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,10 @@ TABLE1_PAIRS = (
     ("mobilenet", "vgg13"),
 )
 """The pairs of Table 1, in its order of rows."""
+
+TABLE2_PAIRS = (("resnet18", "resnet18"), ("resnet34", "resnet34"), ("resnet18", "resnet34"))
+
+TABLE3_NETS = ("vgg19", "resnet34", "mobilenet", "wrn16_10", "densenet121")
 
 
 def check_profile(profile):
@@ -47,7 +51,7 @@ def seeds_for(exhibit, profile, seeds=None):
 
 
 def cifar_run(profile, nets, **changes):
-    """One training of Tables 1 and 2 at a profile."""
+    """One training of Tables 1, 2 and 3 at a profile."""
     settings = {
         "quick": dict(
             dataset="digits", train_size=512, batch_size=32, epochs=6, width=0.125, augment="none",
@@ -73,14 +77,62 @@ def table1(profile="quick", seeds=None):
     """Table 1: three networks alone and five pairs with three methods, 18 trainings a seed; `small` has ResNet18's."""
     check_profile(profile)
     pairs = [pair for pair in TABLE1_PAIRS if profile != "small" or set(pair) == {"resnet18"}]
+    noise = lambda pair: NOISE[profile] if set(pair) == {"resnet18"} else {}
+    return alone_and_in_pairs(profile, seeds_for("table1", profile, seeds), pairs, tuple(LABELS), noise)
+
+
+def alone_and_in_pairs(profile, seeds, pairs, methods, settings):
+    """For each seed: every network alone (IND), and every pair with the other methods; settings(pair) -> Run fields."""
     runs = []
-    for seed in seeds_for("table1", profile, seeds):
+    for seed in seeds:
         for pair in pairs:
-            noise = NOISE[profile] if set(pair) == {"resnet18"} else {}
-            if pair[0] == pair[1]:
-                runs.append(cifar_run(profile, pair[:1], method="ind", seed=seed, **noise))
-            runs += [cifar_run(profile, pair, method=m, seed=seed, **noise) for m in LABELS if m != "ind"]
+            for method in methods:
+                if method != "ind" or pair[0] == pair[1]:
+                    nets = pair if method != "ind" else pair[:1]
+                    runs.append(cifar_run(profile, nets, method=method, seed=seed, **settings(pair)))
     return runs
+
+
+def table2(profile="quick", seeds=None):
+    """Table 2: ResNet18 and ResNet34 on ImageNet-100, alone and in three pairs; `small` has ResNet18's.
+
+    quick uses digits of 64x64 pixels, a size that suits the stem for large images.
+    """
+    check_profile(profile)
+    pairs = [pair for pair in TABLE2_PAIRS if profile != "small" or set(pair) == {"resnet18"}]
+    settings = {"dataset": "digits64"} if profile == "quick" else {"dataset": "imagenet100", "augment": "flip"}
+    settings["stem"] = "imagenet"
+    return alone_and_in_pairs(
+        profile, seeds_for("table2", profile, seeds), pairs, tuple(LABELS), lambda pair: settings
+    )
+
+
+def table3(profile="quick", seeds=None):
+    """Table 3: five networks on CIFAR-10 and CIFAR-100 with AutoAugment, alone and paired with themselves by SiLa.
+
+    quick has digits in place of both, `small` MobileNet only.
+    """
+    check_profile(profile)
+    nets = TABLE3_NETS if profile != "small" else ("mobilenet",)
+    runs = []
+    for dataset in ("digits",) if profile == "quick" else ("cifar10", "cifar100"):
+        settings = lambda pair, dataset=dataset: {
+            "dataset": dataset,
+            "augment": "crop+flip+autoaugment",
+            **{},
+        }
+        pairs = [(net, net) for net in nets]
+        runs += alone_and_in_pairs(profile, seeds_for("table3", profile, seeds), pairs, ("ind", "sila"), settings)
+    return runs
+
+
+def variants(profile="quick", seeds=None):
+    """What the paper's equations allow and its tables do not show: three networks, and uneven betas; one seed."""
+    seed = seeds_for("variants", profile, seeds)[0]
+    return [
+        cifar_run(profile, ("resnet18",) * 3, seed=seed),
+        cifar_run(profile, ("resnet18",) * 2, seed=seed, betas=(1, 0.5)),
+    ]
 
 
 def fig3(profile="quick", seeds=None):
@@ -120,6 +172,9 @@ class Exhibit:
 
 EXHIBITS = {
     "table1": Exhibit("Table 1: CIFAR-100", table1, "01_table1_cifar100"),
+    "table2": Exhibit("Table 2: ImageNet-100", table2, "02_table2_imagenet100"),
+    "table3": Exhibit("Table 3: AutoAugment", table3, "03_table3_autoaugment"),
+    "variants": Exhibit("The method", variants, "00_siamese_labels"),
     "fig3": Exhibit("Figure 3: test accuracy by epoch", fig3, "04_fig3_training_curves"),
     "fig6": Exhibit("Figure 6: features on MNIST", fig6, "07_fig6_mnist_features"),
 }

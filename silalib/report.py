@@ -25,9 +25,11 @@ from .experiments import EXHIBITS, check_profile
 from .paths import ROOT, results_folder
 from .progress import duration
 
-_shown = {exhibit.notebook: (exhibit.title, name) for name, exhibit in reversed(EXHIBITS.items())}
-NOTEBOOKS = dict(sorted({"00_siamese_labels": ("The method", "fig3"), **_shown}.items()))
-"""Notebook -> (title, the exhibit whose runs it shows or None), in the order of the paper."""
+NOTEBOOKS = {"00_siamese_labels": ("The method", ("fig3",))}
+"""Notebook -> (title, the exhibits whose runs it shows), in the order of the paper."""
+for _name, _exhibit in sorted(EXHIBITS.items(), key=lambda item: item[1].notebook):
+    _title, _shown = NOTEBOOKS.get(_exhibit.notebook, (_exhibit.title, ()))
+    NOTEBOOKS[_exhibit.notebook] = _title, (*_shown, _name)
 
 FOLDER = ROOT / "notebooks"
 AT_ONCE = 2
@@ -227,8 +229,8 @@ def page(stem, profile, card, **parts):
     links = [(other, title) for other, (title, _) in NOTEBOOKS.items()]
     at = list(NOTEBOOKS).index(stem)
     parts |= {"before": links[max(at - 1, 0) : at], "after": links[at + 1 : at + 2]}
-    title, exhibit = NOTEBOOKS[stem]
-    return template("page").render(title=title, exhibit=exhibit, profile=profile, card=card, **parts)
+    title, exhibits = NOTEBOOKS[stem]
+    return template("page").render(title=title, exhibits=exhibits, profile=profile, card=card, **parts)
 
 
 def write_index(profile):
@@ -264,10 +266,10 @@ def thumbnail(content, width=480):
 
 def provenance(stem, profile, seeds):
     """What a page's numbers rest on: [(label, text)] of its line, and the counts for its card, from its records."""
-    exhibit = NOTEBOOKS[stem][1]
-    if exhibit is None:
+    exhibits = NOTEBOOKS[stem][1]
+    if not exhibits:
         return [("profile", profile)], {}
-    grid = list(dict.fromkeys(EXHIBITS[exhibit].grid(profile, seeds)))
+    grid = list(dict.fromkeys(run for name in exhibits for run in EXHIBITS[name].grid(profile, seeds)))
     records = runs.ensure(grid, profile, train=False)
     origins = [record.result["provenance"] for record in records.values()]
     trained = sorted({origin["finished"][:10] for origin in origins})
