@@ -20,6 +20,7 @@ from torch import nn
 
 from . import data, metrics, robustness
 from .augment import Normalise, crop_flip, epoch_plan, pad
+from .autoaugment import autoaugment
 from .errors import Stopped, UserError
 from .losses import METHODS
 from .models import count_macs, count_parameters
@@ -145,9 +146,11 @@ class Training:
             self.pause(first, started)
         return self.write()
 
-    def one_step(self, index, offset, flip):
+    def one_step(self, index, offset, flip, *choices):
         """Equation 10 on one batch: forward of every network, one loss, one backward, one update."""
         images = crop_flip(self.padded, index, offset, flip, data.DATASETS[self.run.dataset].image[1:])
+        if choices:
+            images = autoaugment(images, *choices)
         target = self.target[index]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run, self.step, self.steps_per_epoch)

@@ -327,17 +327,18 @@ def test_crop_flip_against_a_loop():
         assert np.array_equal(ours, expected[:, ::-1] if mirrored else expected)
 
 
-@pytest.mark.parametrize("augment", ["none", "crop", "crop+flip"])
+@pytest.mark.parametrize("augment", ["none", "crop", "flip", "crop+flip"])
 def test_epoch_plan_draws_what_is_asked_for(augment, tiny):
     run = tiny(augment=augment)
     order, offset, flip = epoch_plan(run, 3, 2000, CPU)
     assert sorted(order.tolist()) == list(range(2000))
     assert order.tolist() != list(range(2000))
     assert offset.shape == (2000, 2)
-    if augment == "none":
+    if "crop" not in augment:
         assert not offset.any()
         images = torch.arange(2000 * 4, dtype=torch.int32).to(torch.uint8).reshape(2000, 2, 2, 1)
-        assert torch.equal(crop_flip(pad(images, augment), order, offset, flip, (2, 2)), images[order])
+        expected = torch.where(flip[:, None, None, None], images[order].flip(2), images[order])
+        assert torch.equal(crop_flip(pad(images, augment), order, offset, flip, (2, 2)), expected)
     else:
         # uniform on 0 to 8 in both directions: 222 of each, give or take
         counts = torch.stack([offset[:, axis].bincount(minlength=9) for axis in (0, 1)])
