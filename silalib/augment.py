@@ -7,7 +7,7 @@ from . import autoaugment
 from .randomness import generator
 
 PADDING = 4
-AUGMENTATIONS = ("none", "crop", "flip", "crop+flip", "crop+flip+autoaugment")
+AUGMENTATIONS = ("none", "crop", "flip", "crop+flip", "autoaugment", "crop+flip+autoaugment")
 
 
 def pad(images, augment):

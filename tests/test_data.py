@@ -79,7 +79,7 @@ def test_checksum_covers_pixels_and_labels(monkeypatch):
         arrays = [torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2).long()] * 2
         if changed is not None:
             arrays[changed] = arrays[changed] + 1
-        monkeypatch.setattr(data, "_digits", lambda arrays=arrays: arrays)
+        monkeypatch.setattr(data, "_digits", lambda size, arrays=arrays: arrays)
         data.load.cache_clear()
         checksums.add(data.load("digits").checksum)
     data.load.cache_clear()
