@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .augment import AUGMENTATIONS
-from .data import DATASETS
+from .data import dataset
 from .errors import Stopped, UserError
 from .losses import LABELS, METHODS
 from .models import MODELS, SMALLEST_IMAGE
@@ -87,13 +87,13 @@ class Run:
 
     def _validate(self):
         for name, value, known in [
-            ("data set", self.dataset, DATASETS),
             ("method", self.method, METHODS),
             ("augmentation", self.augment, AUGMENTATIONS),
             *[("network", net, MODELS) for net in self.nets],
         ]:
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        height, width = dataset(self.dataset).image[1:]
         if not isinstance(self.nesterov, bool):
             raise UserError(f"nesterov must be True or False, not {self.nesterov!r}")
         if not self.nets:
@@ -121,7 +121,6 @@ class Run:
             raise UserError(f"betas {self.betas}: give finite weights that are not negative")
         if self.noise_images and not (self.noise_sigmas > 0 and self.noise_draws > 0):
             raise UserError("noise_sigmas and noise_draws must be above 0 where noise_images is")
-        height, width = DATASETS[self.dataset].image[1:]
         for net in self.nets:
             least = SMALLEST_IMAGE.get(net, 1)
             if min(height, width) < least:
@@ -233,6 +232,12 @@ def to_csv(rows):
 def to_npz(arrays):
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def to_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
     return buffer.getvalue()
 
 
@@ -394,7 +399,7 @@ def load_network(run, head=0):
     if not (record.path / "weights.safetensors").exists():
         raise UserError(f"the weights of {run.key} were not kept: delete {record.path} and train the run again")
     tensors = load_tensors(record.read("weights.safetensors"))
-    spec = DATASETS[run.dataset]
+    spec = dataset(run.dataset)
     network = MODELS[run.nets[head]](spec.classes, spec.image[0], run.width)
     prefix = f"{head}."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
