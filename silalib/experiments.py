@@ -7,7 +7,7 @@ data within reach of two cores, one pair of networks a table; short: a tenth of 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .data import DATASETS
+from . import data
 from .errors import UserError
 from .losses import LABELS
 from .runs import PAPER_MILESTONES, Run
@@ -191,4 +191,4 @@ EXHIBITS = {
 def title(profile, dataset):
     """What a figure or table is labelled with: the data it was trained on and the profile."""
     stand_in = ", a stand-in for the real data" if profile == "quick" else ""
-    return f"{DATASETS[dataset].title}, profile {profile}{stand_in}"
+    return f"{data.dataset(dataset).title}, profile {profile}{stand_in}"

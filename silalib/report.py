@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from . import launch, runs
-from .data import DATASETS
+from .data import dataset
 from .errors import Stopped, UserError
 from .experiments import EXHIBITS, check_profile
 from .paths import ROOT, results_folder
@@ -274,7 +274,7 @@ def provenance(stem, profile, seeds):
     origins = [record.result["provenance"] for record in records.values()]
     trained = sorted({origin["finished"][:10] for origin in origins})
     code = [origin["silalib"].get("commit", origin["silalib"]["code"]) for origin in origins]
-    data = [f"{DATASETS[r.dataset].title}, {o['train_images']} training images" for r, o in zip(records, origins)]
+    data = [f"{dataset(r.dataset).title}, {o['train_images']} training images" for r, o in zip(records, origins)]
     facts = [
         ("profile", profile),
         ("seeds", ", ".join(map(str, sorted({run.seed for run in grid})))),

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .augment import AUGMENTATIONS
-from .data import DATASETS
+from .data import dataset
 from .errors import Stopped, UserError
 from .losses import LABELS, METHODS
 from .models import IMAGENET_STEM, MODELS, SMALLEST_IMAGE, STEMS
@@ -88,7 +88,6 @@ class Run:
 
     def _validate(self):
         for name, value, known in [
-            ("data set", self.dataset, DATASETS),
             ("method", self.method, METHODS),
             ("augmentation", self.augment, AUGMENTATIONS),
             ("stem", self.stem, STEMS),
@@ -96,6 +95,7 @@ class Run:
         ]:
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        height, width = dataset(self.dataset).image[1:]
         if not isinstance(self.nesterov, bool):
             raise UserError(f"nesterov must be True or False, not {self.nesterov!r}")
         if not self.nets:
@@ -123,7 +123,6 @@ class Run:
             raise UserError(f"betas {self.betas}: give finite weights that are not negative")
         if self.noise_images and not (self.noise_sigmas > 0 and self.noise_draws > 0):
             raise UserError("noise_sigmas and noise_draws must be above 0 where noise_images is")
-        height, width = DATASETS[self.dataset].image[1:]
         for net in self.nets:
             least = SMALLEST_IMAGE.get(net, 1)
             if min(height, width) < least:
@@ -135,7 +134,7 @@ class Run:
 
     def network(self, slot):
         """The network of a slot, with initial weights from PyTorch's global generator."""
-        spec = DATASETS[self.dataset]
+        spec = dataset(self.dataset)
         return MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem)
 
     @property
@@ -242,6 +241,12 @@ def to_csv(rows):
 def to_npz(arrays):
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def to_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
     return buffer.getvalue()
 
 

@@ -5,7 +5,7 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
-from .data import DATASETS
+from .data import dataset
 from .losses import LABELS
 from .models import MODELS, NAMES, count_macs, count_parameters
 
@@ -71,8 +71,8 @@ def cells(grid, records, metrics, table=None):
     alone = {(run.dataset, run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
     rows = []
     for run in grid:
-        dataset = DATASETS[run.dataset].title
-        printed = numbers.get(dataset) or next(iter(numbers.values()), {})
+        title = dataset(run.dataset).title
+        printed = numbers.get(title) or next(iter(numbers.values()), {})
         pair = "+".join(NAMES[net] for net in run.nets)
         for head, net in enumerate(run.nets):
             for metric in metrics:
@@ -84,7 +84,7 @@ def cells(grid, records, metrics, table=None):
                 has_gain = run.method != "ind"
                 rows.append(
                     {
-                        "dataset": dataset,
+                        "dataset": title,
                         "pair": pair,
                         "method": LABELS[run.method],
                         "net": head + 1,
