@@ -17,7 +17,7 @@ import torch
 
 from . import data, runs, trainer
 from .errors import MissingData, Stopped, UserError
-from .models import MODELS, count_macs
+from .models import count_macs
 from .progress import Progress, duration, numbers
 
 
@@ -218,5 +218,5 @@ def cost(run):
     """Relative cost of a run: multiply-accumulates of its training and of the test set after each epoch."""
     spec = data.DATASETS[run.dataset]
     with torch.device("meta"):
-        macs = sum(count_macs(MODELS[net](spec.classes, spec.image[0], run.width), spec.image) for net in run.nets)
+        macs = sum(count_macs(run.network(slot), spec.image) for slot in range(len(run.nets)))
     return run.epochs * macs * (3 * (run.train_size or spec.train) + spec.test)
