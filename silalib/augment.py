@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from .randomness import generator
 
 PADDING = 4
-AUGMENTATIONS = ("none", "crop", "crop+flip")
+AUGMENTATIONS = ("none", "crop", "flip", "crop+flip")
 
 
 def pad(images, augment):

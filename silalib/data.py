@@ -23,7 +23,7 @@ class Dataset:
     """What is known of a data set before it is loaded.
 
     image: shape (C, H, W). folder: where its files lie below the data folder, None if embedded.
-    sha256: of the decoded pixels and labels, None if not fixed.
+    sha256: of the decoded pixels and labels, None if not fixed. prepared: from the user's own files.
     """
 
     title: str
@@ -33,6 +33,7 @@ class Dataset:
     test: int
     folder: str | None = None
     sha256: str | None = None
+    prepared: bool = False
 
 
 DATASETS = {
@@ -64,6 +65,7 @@ DATASETS = {
         "cifar-100-python",
         "283e80e15e3841cce98044da5929d8557a88969bfd2d77d1c1db7bb78ba419f7",
     ),
+    "imagenet100": Dataset("ImageNet-100", 100, (3, 224, 224), 129395, 5000, "imagenet100", prepared=True),
 }
 
 
@@ -101,6 +103,9 @@ def load(name):
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    if DATASETS[name].prepared:
+        where = data_folder() / DATASETS[name].folder
+        raise MissingData(f"{where} is missing: {DATASETS[name].title} cannot be downloaded, see data/README.md")
     arrays = _digits() if name == "digits" else _from_torchvision(name)
     digest = hashlib.sha256()
     for array in arrays:

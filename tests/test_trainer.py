@@ -635,7 +635,8 @@ def test_exits_train_as_in_a_plain_loop(method, tiny, tmp_path, monkeypatch):
     for key, expected in network.state_dict().items():
         moved = (expected - start[key]).double().norm()
         assert moved > 0, key
-        assert (trained[f"0.{key}"] - expected).double().norm() <= 1e-3 * moved, key
+        apart = (trained[f"0.{key}"] - expected).double().norm()
+        assert apart <= 1e-3 * moved + 1e-6 * expected.double().norm(), key
 
 
 def test_every_exit_is_in_the_record(with_exits):
