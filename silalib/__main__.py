@@ -101,7 +101,9 @@ def train_missing(options):
 
 def train(options):
     done, total = train_missing(options)
-    print(f"{done} runs are trained" if done == total else f"{done} of {total} runs are trained, {total - done} not run")
+    print(
+        f"{done} runs are trained" if done == total else f"{done} of {total} runs are trained, {total - done} not run"
+    )
     return 0
 
 

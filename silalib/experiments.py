@@ -135,7 +135,7 @@ def exits_grid(exhibit, profile, seeds, net, fewer, holdout):
         digits = replace(digits, batch_size=32, width=0.25, epochs=4, milestones=(2, 3.4))
         bases = [replace(digits, blocks=blocks) for blocks in (4, 2)]
     elif profile == "small":
-        base = replace(cifar, train_size=10000, width=0.25, epochs=15, milestones=(7.5, 12.75))
+        base = replace(cifar, train_size=10000, epochs=8, milestones=(4, 6.8))
         bases = [base, replace(base, blocks=fewer)]
     else:
         bases = [cifar, replace(cifar, blocks=fewer), imagenet, replace(imagenet, blocks=3)]

@@ -170,7 +170,8 @@ class Run:
         return f"{self.dataset}-{'+'.join(self.nets)}-{self.method}-s{self.seed}-{digest}"
 
     def __str__(self):
-        return f"{self.dataset} {'+'.join(self.nets)} {LABELS[self.method]} seed {self.seed}"
+        blocks = f" with {self.blocks} blocks" if self.blocks else ""
+        return f"{self.dataset} {'+'.join(self.nets)}{blocks} {LABELS[self.method]} seed {self.seed}"
 
 
 @dataclass(frozen=True)

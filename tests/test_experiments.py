@@ -70,7 +70,7 @@ def test_figures_4_and_5_are_the_papers(exhibit, net, blocks, holdout):
     short = exhibit("short", [0])
     assert [(run.epochs, run.milestones) for run in short[::4]] == [(30, (15, 25.5)), (9, (3, 6))]
     assert {(run.dataset, run.train_size, run.epochs, run.milestones) for run in exhibit("small")} == {
-        ("cifar100", 10000, 15, (7.5, 12.75))
+        ("cifar100", 10000, 8, (4, 6.8))
     }
 
 
