@@ -89,11 +89,11 @@ def grids(options):
 
 
 def train_missing(options):
-    """Train every run of the exhibits asked for; returns how many runs there are."""
+    """Train every run of the exhibits asked for; returns how many have a record, and how many runs there are."""
     from .runs import ensure
 
     runs = list(dict.fromkeys(run for grid in grids(options).values() for run in grid))
-    ensure(
+    records = ensure(
         runs,
         options.profile,
         device=options.device,
@@ -102,11 +102,14 @@ def train_missing(options):
         only_whole=options.only_whole,
         retry=options.retry,
     )
-    return len(runs)
+    return len(records), len(runs)
 
 
 def train(options):
-    print(f"{train_missing(options)} runs are trained")
+    done, total = train_missing(options)
+    print(
+        f"{done} runs are trained" if done == total else f"{done} of {total} runs are trained, {total - done} not run"
+    )
     return 0
 
 

@@ -169,6 +169,45 @@ def fig6(profile="quick", seeds=None):
     return runs
 
 
+def fig4(profile="quick", seeds=None):
+    """Figure 4: the MSDNet for budgeted batch classification, IND and SiLa, with images held out for its thresholds."""
+    return exits_grid("fig4", profile, seeds, "msdnet_budgeted", fewer=3, holdout=5000)
+
+
+def fig5(profile="quick", seeds=None):
+    """Figure 5: the MSDNet for anytime prediction, IND and SiLa."""
+    return exits_grid("fig5", profile, seeds, "msdnet_anytime", fewer=4, holdout=0)
+
+
+def exits_grid(exhibit, profile, seeds, net, fewer, holdout):
+    """IND and SiLa over the exits of an MSDNet with all its blocks and with fewer; CIFAR-100, then ImageNet-100."""
+    check_profile(profile)
+    cifar = Run(
+        nets=net, method="ind", epochs=300, batch_size=64, milestones=(150, 255), gamma=0.1, warmup=0.0,
+        weight_decay=1e-4, holdout=holdout,
+    )  # fmt: skip
+    imagenet = replace(
+        cifar, dataset="imagenet100", nets="msdnet_imagenet", epochs=90, batch_size=256, milestones=(30, 60),
+        augment="flip", stem="imagenet",
+    )  # fmt: skip
+    if profile == "quick":
+        digits = replace(cifar, dataset="digits", train_size=512, holdout=300 if holdout else 0, augment="none")
+        digits = replace(digits, batch_size=32, width=0.25, epochs=4, milestones=(2, 3.4))
+        bases = [replace(digits, blocks=blocks) for blocks in (4, 2)]
+    elif profile == "small":
+        base = replace(cifar, train_size=10000, epochs=8, milestones=(4, 6.8))
+        bases = [base, replace(base, blocks=fewer)]
+    else:
+        bases = [cifar, replace(cifar, blocks=fewer), imagenet, replace(imagenet, blocks=3)]
+        if profile == "short":
+            bases = [
+                replace(base, epochs=base.epochs // 10, milestones=tuple(m / 10 for m in base.milestones))
+                for base in bases
+            ]
+    seeds = seeds_for(exhibit, profile, seeds)
+    return [replace(base, seed=seed, method=m) for base in bases for seed in seeds for m in ("ind", "sila")]
+
+
 @dataclass(frozen=True)
 class Exhibit:
     """One table or figure of the paper: its grid, and the notebook that draws it."""
@@ -184,6 +223,8 @@ EXHIBITS = {
     "table3": Exhibit("Table 3: AutoAugment", table3, "03_table3_autoaugment"),
     "variants": Exhibit("The method", variants, "00_siamese_labels"),
     "fig3": Exhibit("Figure 3: test accuracy by epoch", fig3, "04_fig3_training_curves"),
+    "fig4": Exhibit("Figure 4: budgeted batch classification", fig4, "05_fig4_budgeted_batch"),
+    "fig5": Exhibit("Figure 5: anytime prediction", fig5, "06_fig5_anytime"),
     "fig6": Exhibit("Figure 6: features on MNIST", fig6, "07_fig6_mnist_features"),
 }
 

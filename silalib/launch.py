@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,7 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
     """Train the pending runs, each into folder/<key>; see `runs.ensure` for the arguments.
 
     A run that fails, or whose data are missing, does not keep the others from training; that is raised at the end.
+    Data that cannot be downloaded, only prepared, are not raised: their runs are left out and said to be.
     """
     device = trainer.pick_device(device)
     missing = {}
@@ -60,8 +62,11 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
         raise UserError(f"{len(failed)} of {len(pending)} runs failed, the first: {failed[0]}")
     if left:
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
-    for error in missing.values():
-        raise error
+    for name, error in missing.items():
+        if not data.dataset(name).prepared:
+            raise error
+        rows = sum(run.dataset == name for run in pending)
+        print(f"{rows} of {len(pending)} runs not run: {error}", file=sys.stderr, flush=True)
 
 
 def cpu_cores():

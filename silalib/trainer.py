@@ -18,12 +18,12 @@ from pickle import UnpicklingError
 import torch
 from torch import nn
 
-from . import data, metrics, robustness
+from . import data, early_exit, metrics, robustness
 from .augment import Normalise, epoch_plan
 from .autoaugment import autoaugment
 from .errors import Stopped, UserError
 from .losses import METHODS
-from .models import count_macs, count_parameters
+from .models import EXITS, count_parameters
 from .paths import ROOT
 from .randomness import derive
 from .runs import PROTOCOL, to_csv, to_npz, write_atomically, write_record
@@ -65,7 +65,7 @@ def precision(net, width, device):
         units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    pays = device.type == "cuda" or (net.startswith(("resnet", "vgg")) and width >= 0.25)
+    pays = device.type == "cuda" or (net.startswith(("resnet", "vgg", "msdnet")) and width >= 0.25)
     return torch.bfloat16 if units and pays else torch.float32
 
 
@@ -283,10 +283,11 @@ class Training:
         self.save()  # what follows can take minutes, and is stopped between its parts
         began = time.monotonic()
         run, train, test = self.run, self.splits["train"], self.splits["test"]
-        spec = data.dataset(run.dataset)
+        image = data.dataset(run.dataset).image
         self.report(final="final evaluations")
         logits = self.predict(test.images)
         clean = [metrics.summary(z, train.labels) for z in self.predict(train.images)]
+        costs = [macs for net in self.nets for macs in early_exit.exit_costs(net, image)]
         heads, arrays = [], {"labels": test.labels.cpu().short().numpy()}
         for head, z in enumerate(logits):
             net = self.nets[min(head, len(self.nets) - 1)]
@@ -297,9 +298,14 @@ class Training:
                 | metrics.summary(z, test.labels)
                 | {"best": best["test_top1"], "best_epoch": best["epoch"]}
                 | {f"train_{k}": v for k, v in clean[head].items()}
-                | {"parameters": count_parameters(net), "macs": count_macs(net, spec.image)}
+                | {"parameters": count_parameters(net), "macs": costs[head]}
             )
-            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels).items()}
+            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels, exact=run.holdout > 0).items()}
+        if run.nets[0] in EXITS:
+            for values, macs in zip(heads, early_exit.exit_costs(self.nets[0], image, budgeted=True)):
+                values["macs_budgeted"] = macs
+        if run.holdout:
+            arrays |= self.calibration()
         files = {"history.csv": to_csv(self.rows), "test.npz": to_npz(arrays)}
         if all(hasattr(net, "embed") for net in self.nets):
             files["features.npz"] = to_npz(self.features(heads))
@@ -311,6 +317,15 @@ class Training:
         files["weights.safetensors"] = self.weights()
         result = {"heads": heads, "provenance": self.provenance(time.monotonic() - began)}
         return write_record(run, self.folder, result, files)
+
+    def calibration(self):
+        """Of the images held out, not augmented: what thresholds of early exit are chosen from."""
+        held = self.splits["holdout"]
+        arrays = {"calibration_labels": held.labels.cpu().short().numpy()}
+        for head, z in enumerate(self.predict(held.images)):
+            kept = per_image(z, held.labels, exact=True)
+            arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
+        return arrays
 
     @torch.no_grad()
     def features(self, heads):
@@ -432,13 +447,16 @@ def statistics(logits, gradients, target):
     return torch.stack([torch.stack([v.double().mean() for v in row]) for row in rows])
 
 
-def per_image(logits, target):
-    """What test.npz keeps of one head: enough for calibration, comparison by image and the free energies."""
+def per_image(logits, target, exact=False):
+    """What test.npz keeps of one head: enough for calibration, comparison by image and the free energies.
+
+    exact: the confidence in float32; in half precision confident images tie, and thresholds cannot tell them apart.
+    """
     log_p = logits.log_softmax(1)
     largest, predicted = log_p.max(1)
     arrays = {
         "log_probability": log_p.gather(1, target[:, None])[:, 0].half(),
-        "confidence": largest.exp().half(),
+        "confidence": largest.exp() if exact else largest.exp().half(),
         "predicted": predicted.short(),
         "top5": metrics.in_top_k(logits, target, 5),
         "s": logits.logsumexp(1).half(),
