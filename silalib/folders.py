@@ -194,7 +194,7 @@ def _start_worker():
 def decode_all(jobs, workers, done):
     """Run decode_rows(*job) for each job in `jobs` (key -> arguments) in processes; done(key, broken) after each.
 
-    Raises Stopped after SIGINT or SIGTERM, when what was in progress is done.
+    Returns early after SIGINT or SIGTERM, when what was in progress is done.
     """
     from .launch import cpu_cores, interruptible
 
@@ -219,8 +219,6 @@ def decode_all(jobs, workers, done):
         finally:
             for future in futures:
                 future.cancel()
-        if stopped.is_set():
-            raise Stopped("stopped; start again to go on")
 
 
 # -- preparing
@@ -312,12 +310,15 @@ def _decode_missing(tree, source, folder, title, plan, finished, workers):
             broken.update({(split, row): error for row, error in errors.items()})
             if not errors:  # a chunk with broken images is decoded again: they may be mended meanwhile
                 note(journal, {"split": split, "start": start})
-            bar.update(len(jobs[key]))
+            bar.update(len(jobs.pop(key)))
 
         arguments = {
             (s, start): (folder / f"{s}.npy", start, paths, size, square) for (s, start), paths in jobs.items()
         }
         decode_all(arguments, workers, done)
+    if jobs:
+        left = sum(map(len, jobs.values()))
+        raise Stopped(f"stopped with {left} of {total} images left; start again to go on")
     return broken
 
 

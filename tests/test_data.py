@@ -19,15 +19,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def data_folder(tmp_path, monkeypatch):
-    """An empty data folder, with nothing remembered of another one."""
-    monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
-    data.load.cache_clear()
-    yield tmp_path / "data"
-    data.load.cache_clear()
-
-
-@pytest.fixture
 def no_network(monkeypatch):
     """Every download fails; returns the list of what was asked for."""
     asked = []
