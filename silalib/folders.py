@@ -428,8 +428,7 @@ def open_arrays(folder):
     arrays = []
     try:
         for name in FILES:
-            # copy-on-write, since torch wants arrays that may be written
-            arrays.append(np.load(folder / name, mmap_mode=None if "labels" in name else "c"))
+            arrays.append(np.load(folder / name, mmap_mode=None if "labels" in name else "r"))
             n = description["train" if name.startswith("train") else "test"]
             channels, height, width = description["image"]
             if arrays[-1].shape != ((n,) if "labels" in name else (n, height, width, channels)):
