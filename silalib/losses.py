@@ -84,7 +84,7 @@ def siamese_mutual_learning(logits, target, betas=None, coupling=1.0, reduction=
 
 
 def zero_peer(logits, target, betas=None, reduction="mean"):
-    """A control that is not in the paper: every head is trained with SiLa against a constant peer instead of the others.
+    """A control that is not in the paper: every head has a constant peer instead of the other heads.
 
     The peer's logits are all -log N, so its s is 0 and its own cross-entropy, taken off, is log N. What is left for
     head c is CE(z_c, y) + 2 log(2 cosh(s_c / 2)): the coupling alone, without a second network. Arguments as in
