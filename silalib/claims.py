@@ -228,14 +228,13 @@ def tracking(net1, net2):
 
 
 def tracking_null(independent):
-    """The same distance for each IND seed to the other seeds on average; empty for fewer than two seeds."""
-    pairs = {s: [other for other in independent.index if other != s] for s in independent.index}
-    distances = {
-        s: np.mean([summary.second_half((independent.loc[[s]] - independent.loc[o]).abs()).iloc[0] for o in others])
-        for s, others in pairs.items()
-        if others
-    }
-    return pd.Series(distances, dtype=float)
+    """The same distance for IND seeds: of each to the next one, so that no pair is used twice; empty for one seed."""
+    seeds = list(independent.index)
+    pairs = list(zip(seeds, seeds[1:] + seeds[:1]))[: 1 if len(seeds) == 2 else None]
+    return pd.concat([tracking(independent.loc[[a]], independent.loc[b]) for a, b in pairs if a != b] or [EMPTY])
+
+
+EMPTY = pd.Series(dtype=float)
 
 
 def exits(found):

@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from . import launch, runs
+from . import claims, launch, runs
 from .data import DATASETS
 from .errors import Stopped, UserError
 from .experiments import EXHIBITS, check_profile
@@ -26,7 +26,8 @@ from .paths import ROOT, results_folder
 from .progress import duration
 
 _shown = {exhibit.notebook: (exhibit.title, name) for name, exhibit in reversed(EXHIBITS.items())}
-NOTEBOOKS = dict(sorted({"00_siamese_labels": ("The method", "fig3"), **_shown}.items()))
+_around = {"00_siamese_labels": ("The method", "fig3"), "09_claims": ("Which claims hold?", None)}
+NOTEBOOKS = dict(sorted((_around | _shown).items()))
 """Notebook -> (title, the exhibit whose runs it shows or None), in the order of the paper."""
 
 FOLDER = ROOT / "notebooks"
@@ -79,7 +80,7 @@ def build(profile, names=None, seeds=None, device="auto", workers=None, train=Tr
             runs.write_atomically(report / f"{stem}.html", content.encode())
             left -= 1
     finally:
-        write_index(profile)
+        write_index(profile, seeds)
     if left:
         raise Stopped(f"the report stopped with {left} of {len(chosen)} pages left; start again to go on")
     print(report / "index.html", flush=True)
@@ -231,7 +232,7 @@ def page(stem, profile, card, **parts):
     return template("page").render(title=title, exhibit=exhibit, profile=profile, card=card, **parts)
 
 
-def write_index(profile):
+def write_index(profile, seeds=None):
     """The index of the pages that are there; one that is not is written as "not built", so that every link leads on."""
     folder = results_folder(profile) / "report"
     cards = []
@@ -244,7 +245,8 @@ def write_index(profile):
         card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
         first_table = re.search(r"<table.*?</table>", content, re.DOTALL)
         cards.append({"stem": stem, "title": title, "image": thumbnail(content), "table": first_table, **card})
-    index = template("index").render(profile=profile, cards=cards)
+    score = claims.score(claims.judge(profile, seeds))
+    index = template("index").render(profile=profile, cards=cards, score=score)
     runs.write_atomically(folder / "index.html", index.encode())
 
 
@@ -264,10 +266,10 @@ def thumbnail(content, width=480):
 
 def provenance(stem, profile, seeds):
     """What a page's numbers rest on: [(label, text)] of its line, and the counts for its card, from its records."""
-    exhibit = NOTEBOOKS[stem][1]
-    if exhibit is None:
+    shown = [name for name, exhibit in EXHIBITS.items() if exhibit.notebook == stem] or [NOTEBOOKS[stem][1]]
+    if shown == [None]:
         return [("profile", profile)], {}
-    grid = list(dict.fromkeys(EXHIBITS[exhibit].grid(profile, seeds)))
+    grid = list(dict.fromkeys(run for name in shown for run in EXHIBITS[name].grid(profile, seeds)))
     records = runs.ensure(grid, profile, train=False)
     origins = [record.result["provenance"] for record in records.values()]
     trained = sorted({origin["finished"][:10] for origin in origins})

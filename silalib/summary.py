@@ -5,6 +5,7 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
+from .data import DATASETS
 from .losses import LABELS
 from .models import NAMES
 
@@ -29,18 +30,21 @@ def reported(table):
 
 
 def measured(grid, records, exhibit):
-    """One row per network row, metric and seed of what our records hold of an exhibit.
+    """One row per network row, metric and seed of what our records hold of "table1", "table2" or "table3".
 
-    Columns: exhibit, dataset, pair, method, net (1 or 2), network, metric, seed, value, run.
+    The metrics are those that the paper prints, of the same data set where it has it. Columns: exhibit, dataset, pair,
+    method, net (1 or 2), network, metric, seed, value, run.
     """
-    rows = []
+    rows, paper = [], printed(exhibit)
     for run in grid:
         pair = "+".join(NAMES[net] for net in run.nets)
+        same = paper[paper["dataset"] == DATASETS[run.dataset].title]
+        metrics = (same if len(same) else paper)["metric"].unique()
         for head, net in enumerate(run.nets if run in records else ()):
             row = dict(exhibit=exhibit, dataset=run.dataset, pair=pair, method=run.method, net=head + 1)
             row |= dict(network=NAMES[net], seed=run.seed, run=run)
             numbers = records[run].heads[head]
-            rows += [row | {"metric": metric, "value": numbers[metric]} for metric in METRICS]
+            rows += [row | {"metric": metric, "value": numbers[metric]} for metric in metrics]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

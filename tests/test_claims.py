@@ -43,7 +43,7 @@ def table(exhibit):
 
 def training(_):
     """Curves: SiLa above IND by the gain; two IND seeds 10, 20 or 10 apart; Net1 and Net2 closer by the gain."""
-    null = {0: 15, 1: 10, 2: 15}  # the mean distance of IND at 50, 60 and 70 to the other two
+    null = {0: 10, 1: 10, 2: 20}  # the distances of IND at 50, 60 and 70 to the next seed
 
     def history(run, gain):
         rows = []
@@ -233,6 +233,13 @@ def test_exits_of_another_cost_are_not_compared():
         if run.method == "sila":
             record.heads = [head | {"macs": 2 * head["macs"]} for head in record.heads]
     assert judge_all(found)[4].effects[0].total == 1  # the first exit costs 0 in both
+
+
+def test_two_independent_seeds_are_one_pair():
+    curves = pd.DataFrame({1: [0.0, 0.0, 0.0], 2: [50.0, 54.0, 59.0]}, index=[0, 1, 2])  # the second epoch counts
+    assert claims.tracking_null(curves).to_dict() == {0: 4, 1: 5, 2: 9}
+    assert claims.tracking_null(curves.loc[:1]).to_dict() == {0: 4}
+    assert claims.tracking_null(curves.loc[:0]).empty
 
 
 # -- over test images
