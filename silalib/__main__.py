@@ -131,6 +131,7 @@ def report(options):
 
 
 def status(options):
+    from . import claims
     from .launch import cost
     from .progress import duration
     from .runs import find, load, state
@@ -145,7 +146,7 @@ def status(options):
                 speeds.append(load(run).result["provenance"]["seconds"] / cost(run))
             elif label != "damaged":
                 left[run] = cost(run)
-    print(f"profile {options.profile}")
+    print(f"profile {options.profile}; {claims.score(claims.judge(options.profile, options.seeds))}")
     print(f"{'':10}" + "".join(f"{label:>9}" for label in labels))
     for name, counts in rows:
         print(f"{name:10}" + "".join(f"{count or '-':>9}" for count in counts))

@@ -60,6 +60,65 @@ def networks():
     return pd.DataFrame(rows)
 
 
+def measured(grid, records, exhibit):
+    """One row per network row, metric and seed of what our records hold of "table1", "table2" or "table3".
+
+    The metrics are those that the paper prints, of the same data set where it has it. Columns: exhibit, dataset, pair,
+    method, net (1 or 2), network, metric, seed, value, run.
+    """
+    rows, paper = [], printed(exhibit)
+    for run in grid:
+        pair = "+".join(NAMES[net] for net in run.nets)
+        same = paper[paper["dataset"] == dataset(run.dataset).title]
+        metrics = (same if len(same) else paper)["metric"].unique()
+        for head, net in enumerate(run.nets if run in records else ()):
+            row = dict(exhibit=exhibit, dataset=run.dataset, pair=pair, method=run.method, net=head + 1)
+            row |= dict(network=NAMES[net], seed=run.seed, run=run)
+            numbers = records[run].heads[head]
+            rows += [row | {"metric": metric, "value": numbers[metric]} for metric in metrics]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def printed(exhibit):
+    """The paper's numbers of a table in the form of `measured`; its single number counts as seed 0 of no run."""
+    methods = {label: method for method, label in LABELS.items()}
+    rows = []
+    for line in reported(exhibit).to_dict("records"):
+        pair = line["net1"] if pd.isna(line["net2"]) else f"{line['net1']}+{line['net2']}"
+        row = dict(exhibit=exhibit, dataset=line["dataset"], pair=pair, method=methods[line["method"]])
+        row |= dict(net=int(line["net"][-1]), network=line["model"], seed=0, run=None)
+        rows += [row | {"metric": m, "value": line[m]} for m in METRICS if not pd.isna(line.get(m, np.nan))]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
+
+
+def gains(frame, method, over):
+    """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
+
+    IND is that of the same network alone; any other method that of the same network of the same pair. Paired by seed.
+    Adds the columns gain, run_over and net_over.
+    """
+    keys = ["exhibit", "dataset", "network", "metric", "seed"] + ([] if over == "ind" else ["pair", "net"])
+    baseline = frame[frame["method"] == over].drop_duplicates(keys)
+    baseline = baseline.assign(net_over=baseline["net"])[[*keys, "value", "run", "net_over"]]
+    merged = frame[frame["method"] == method].merge(baseline, on=keys, suffixes=("", "_over"))
+    sign = merged["metric"].map(lambda metric: -1.0 if metric == "nll" else 1.0)
+    return merged.assign(gain=sign * (merged["value"] - merged["value_over"]))
+
+
+def curves(grid, records, method, head=0, column="test_top1"):
+    """A column of the histories of a method's runs, as a data frame with a row per seed and a column per epoch."""
+    found = {run.seed: records[run].history for run in grid if run.method == method and run in records}
+    return pd.DataFrame({s: h[h["head"] == head].set_index("epoch")[column] for s, h in found.items()}).T
+
+
+def second_half(values):
+    """The mean of each row of `curves` over the second half of the epochs."""
+    return values.iloc[:, values.shape[1] // 2 :].mean(axis=1)
+
+
 def cells(grid, records, metrics, table=None):
     """One row per network row, metric and seed of a table: what our records hold and what the paper prints.
 
