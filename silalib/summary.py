@@ -126,20 +126,22 @@ def cells(grid, records, metrics, table=None):
     net (1 or 2), network, metric, seed, value (NaN where there is no record), gain over IND of the same network, data
     set and seed (positive is better), paper, paper_gain. A stand-in has the paper's first data set beside it.
     """
-    numbers = _printed(table) if table else {}
+    keys = ["dataset", "pair", "method", "net", "metric"]
+    numbers = printed(table).set_index(keys)["value"].to_dict() if table else {}
+    titles = list(dict.fromkeys(key[0] for key in numbers))
     alone = {(run.dataset, run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
     rows = []
     for run in grid:
         title = dataset(run.dataset).title
-        printed = numbers.get(title) or next(iter(numbers.values()), {})
+        beside = title if title in titles else next(iter(titles), None)
         pair = "+".join(NAMES[net] for net in run.nets)
         for head, net in enumerate(run.nets):
             for metric in metrics:
                 sign = -1 if metric == "nll" else 1
                 value = records[run].heads[head][metric] if run in records else np.nan
                 baseline = alone.get((run.dataset, net, run.seed))
-                paper = printed.get((pair, LABELS[run.method], head + 1, metric), np.nan)
-                paper_alone = printed.get((NAMES[net], LABELS["ind"], 1, metric), np.nan)
+                paper = numbers.get((beside, pair, run.method, head + 1, metric), np.nan)
+                paper_alone = numbers.get((beside, NAMES[net], "ind", 1, metric), np.nan)
                 has_gain = run.method != "ind"
                 rows.append(
                     {
@@ -157,19 +159,6 @@ def cells(grid, records, metrics, table=None):
                     }
                 )
     return pd.DataFrame(rows)
-
-
-def _printed(table):
-    """data set -> {(pair, method, net, metric): number}, in the table's order."""
-    frame = reported(table)
-    numbers = {}
-    for row in frame.to_dict("records"):
-        pair = row["net1"] if pd.isna(row["net2"]) else f"{row['net1']}+{row['net2']}"
-        for metric in METRICS:
-            if not pd.isna(row.get(metric, np.nan)):
-                of_data_set = numbers.setdefault(row["dataset"], {})
-                of_data_set[pair, row["method"], int(row["net"][-1]), metric] = row[metric]
-    return numbers
 
 
 def over_seeds(frame):
