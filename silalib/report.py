@@ -19,16 +19,18 @@ from functools import cache
 from pathlib import Path
 
 from . import claims, launch, runs
-from .data import DATASETS
+from .data import dataset
 from .errors import Stopped, UserError
 from .experiments import EXHIBITS, check_profile
 from .paths import ROOT, results_folder
 from .progress import duration
 
-_shown = {exhibit.notebook: (exhibit.title, name) for name, exhibit in reversed(EXHIBITS.items())}
-_around = {"00_siamese_labels": ("The method", "fig3"), "09_claims": ("Which claims hold?", None)}
-NOTEBOOKS = dict(sorted((_around | _shown).items()))
-"""Notebook -> (title, the exhibit whose runs it shows or None), in the order of the paper."""
+NOTEBOOKS = {"00_siamese_labels": ("The method", ("fig3",))}
+"""Notebook -> (title, the exhibits whose runs it shows), in the order of the paper."""
+for _name, _exhibit in sorted(EXHIBITS.items(), key=lambda item: item[1].notebook):
+    _title, _shown = NOTEBOOKS.get(_exhibit.notebook, (_exhibit.title, ()))
+    NOTEBOOKS[_exhibit.notebook] = _title, (*_shown, _name)
+NOTEBOOKS["09_claims"] = "Which claims hold?", ()
 
 FOLDER = ROOT / "notebooks"
 AT_ONCE = 2
@@ -228,8 +230,8 @@ def page(stem, profile, card, **parts):
     links = [(other, title) for other, (title, _) in NOTEBOOKS.items()]
     at = list(NOTEBOOKS).index(stem)
     parts |= {"before": links[max(at - 1, 0) : at], "after": links[at + 1 : at + 2]}
-    title, exhibit = NOTEBOOKS[stem]
-    return template("page").render(title=title, exhibit=exhibit, profile=profile, card=card, **parts)
+    title, exhibits = NOTEBOOKS[stem]
+    return template("page").render(title=title, exhibits=exhibits, profile=profile, card=card, **parts)
 
 
 def write_index(profile, seeds=None):
@@ -266,15 +268,15 @@ def thumbnail(content, width=480):
 
 def provenance(stem, profile, seeds):
     """What a page's numbers rest on: [(label, text)] of its line, and the counts for its card, from its records."""
-    shown = [name for name, exhibit in EXHIBITS.items() if exhibit.notebook == stem] or [NOTEBOOKS[stem][1]]
-    if shown == [None]:
+    exhibits = NOTEBOOKS[stem][1]
+    if not exhibits:
         return [("profile", profile)], {}
-    grid = list(dict.fromkeys(run for name in shown for run in EXHIBITS[name].grid(profile, seeds)))
+    grid = list(dict.fromkeys(run for name in exhibits for run in EXHIBITS[name].grid(profile, seeds)))
     records = runs.ensure(grid, profile, train=False)
     origins = [record.result["provenance"] for record in records.values()]
     trained = sorted({origin["finished"][:10] for origin in origins})
     code = [origin["silalib"].get("commit", origin["silalib"]["code"]) for origin in origins]
-    data = [f"{DATASETS[r.dataset].title}, {o['train_images']} training images" for r, o in zip(records, origins)]
+    data = [f"{dataset(r.dataset).title}, {o['train_images']} training images" for r, o in zip(records, origins)]
     facts = [
         ("profile", profile),
         ("seeds", ", ".join(map(str, sorted({run.seed for run in grid})))),

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from .augment import AUGMENTATIONS
-from .data import DATASETS
+from .data import dataset
 from .errors import Stopped, UserError
 from .losses import LABELS, METHODS
-from .models import MODELS, SMALLEST_IMAGE
+from .models import EXITS, MODELS, SMALLEST_IMAGE, STEMS
 from .paths import results_folder
 
 PROTOCOL = 1
@@ -44,6 +44,7 @@ class Run:
     method: str = "sila"
     seed: int = 0
     width: float = 1.0  # of every network
+    stem: str = "cifar"  # or "imagenet": the first layers of every network
     betas: tuple | None = None  # one weight per head, None for 1 each
     coupling: float = 1.0  # SiLa's coupling beside the independent terms
     epochs: int = 260
@@ -62,6 +63,7 @@ class Run:
     noise_sigmas: int = 10
     noise_draws: int = 10
     hessian_images: int = 0  # training images for the largest Hessian eigenvalue at the end; 0 leaves it out
+    blocks: int | None = None  # of an MSDNet, so many of its first blocks; None for all
 
     def __post_init__(self):
         nets = (self.nets,) if isinstance(self.nets, str) else self.nets
@@ -87,21 +89,23 @@ class Run:
 
     def _validate(self):
         for name, value, known in [
-            ("data set", self.dataset, DATASETS),
             ("method", self.method, METHODS),
             ("augmentation", self.augment, AUGMENTATIONS),
             *[("network", net, MODELS) for net in self.nets],
         ]:
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        height, width = dataset(self.dataset).image[1:]
         if not isinstance(self.nesterov, bool):
             raise UserError(f"nesterov must be True or False, not {self.nesterov!r}")
         if not self.nets:
             raise UserError("a run needs at least one network")
-        if "dml" in self.method and len(self.nets) < 2:
-            raise UserError(f"{LABELS[self.method]} needs at least two networks")
-        if self.betas is not None and len(self.betas) != len(self.nets):
-            raise UserError(f"{len(self.betas)} betas for {len(self.nets)} networks: give one each")
+        self._validate_exits()
+        if "dml" in self.method and self.n_heads < 2:
+            raise UserError(f"{LABELS[self.method]} needs at least two networks or exits")
+        if self.betas is not None and len(self.betas) != self.n_heads:
+            kind = "exits" if self.nets[0] in EXITS else "networks"
+            raise UserError(f"{len(self.betas)} betas for {self.n_heads} {kind}: give one each")
         if self.coupling != 1 and "sila" not in self.method:
             raise UserError(f"coupling belongs to SiLa; {LABELS[self.method]} has none")
         numbers = {
@@ -121,13 +125,38 @@ class Run:
             raise UserError(f"betas {self.betas}: give finite weights that are not negative")
         if self.noise_images and not (self.noise_sigmas > 0 and self.noise_draws > 0):
             raise UserError("noise_sigmas and noise_draws must be above 0 where noise_images is")
-        height, width = DATASETS[self.dataset].image[1:]
         for net in self.nets:
             least = SMALLEST_IMAGE.get(net, 1)
             if min(height, width) < least:
                 raise UserError(f"{net} needs images of {least}x{least} or more; {self.dataset} has {height}x{width}")
+            if self.stem not in STEMS[net]:
+                raise UserError(f"{net} has no stem {self.stem!r}: choose from {', '.join(STEMS[net])}")
         if self.train_size is not None and self.train_size < self.batch_size:
             raise UserError(f"train_size {self.train_size} is below the batch size {self.batch_size}")
+
+    def _validate_exits(self):
+        if not set(self.nets) & set(EXITS):
+            if self.blocks is not None:
+                raise UserError(f"blocks belongs to MSDNet; {self.nets[0]} has none")
+            return
+        net = self.nets[0]
+        if len(self.nets) > 1:
+            raise UserError(f"{'+'.join(self.nets)}: the exits of an MSDNet are its heads, so it is trained alone")
+        if self.blocks is not None and not 1 <= self.blocks <= EXITS[net]:
+            raise UserError(f"blocks must be from 1 to {EXITS[net]} for {net}, not {self.blocks}")
+        if self.noise_images or self.hessian_images:
+            raise UserError(f"noise_images and hessian_images are for networks with one head; {net} has {self.n_heads}")
+
+    @property
+    def n_heads(self):
+        """How many heads a loss sees: the networks, or the exits of one network."""
+        return self.blocks or EXITS.get(self.nets[0], len(self.nets))
+
+    def network(self, slot):
+        """A new network of one slot, with initial weights from torch's generator."""
+        spec = dataset(self.dataset)
+        of_exits = {"blocks": self.blocks} if self.nets[slot] in EXITS else {}
+        return MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
 
     @property
     def config(self):
@@ -143,7 +172,8 @@ class Run:
         return f"{self.dataset}-{'+'.join(self.nets)}-{self.method}-s{self.seed}-{digest}"
 
     def __str__(self):
-        return f"{self.dataset} {'+'.join(self.nets)} {LABELS[self.method]} seed {self.seed}"
+        blocks = f" with {self.blocks} blocks" if self.blocks else ""
+        return f"{self.dataset} {'+'.join(self.nets)}{blocks} {LABELS[self.method]} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +182,8 @@ class Record:
 
     result: final metrics per head (a list, with the curvature if it was measured), provenance. history: data frame
     with a row per epoch and head.
-    test, features: arrays by name, one entry per head with suffix _0, _1 ..; noise: data frame. Reading a part that
+    test, features: arrays by name, one entry per head with suffix _0, _1 ..; noise: data frame. With images held out,
+    test has their labels, confidence and predicted class too (calibration_*). Reading a part that
     was not measured, is missing or is damaged raises UserError.
     """
 
@@ -233,6 +264,12 @@ def to_csv(rows):
 def to_npz(arrays):
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def to_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
     return buffer.getvalue()
 
 
@@ -380,8 +417,9 @@ def ensure(runs, profile="quick", device="auto", workers=None, train=True, budge
 def load_network(run, head=0):
     """The trained network `head` of a finished run, in evaluation mode, on the CPU.
 
-    It takes uint8 images (B, C, H, W), or floats from 0 to 1, and gives logits (B, N); its second module is the bare
-    network, its first the normalisation. Raises UserError where the weights were not kept.
+    It takes uint8 images (B, C, H, W), or floats from 0 to 1, and gives logits (B, N), or a tuple with those of every
+    exit; its second module is the bare network, its first the normalisation. Raises UserError where the weights were
+    not kept.
     """
     import torch
     from safetensors.torch import load as load_tensors
@@ -390,12 +428,12 @@ def load_network(run, head=0):
 
     record = load(run)
     if not 0 <= head < len(run.nets):
-        raise UserError(f"head {head}: this run has heads 0 to {len(run.nets) - 1}")
+        known = f"heads 0 to {len(run.nets) - 1}" if len(run.nets) > 1 else "one network: leave head at 0"
+        raise UserError(f"head {head}: this run has {known}")
     if not (record.path / "weights.safetensors").exists():
         raise UserError(f"the weights of {run.key} were not kept: delete {record.path} and train the run again")
     tensors = load_tensors(record.read("weights.safetensors"))
-    spec = DATASETS[run.dataset]
-    network = MODELS[run.nets[head]](spec.classes, spec.image[0], run.width)
+    network = run.network(head)
     prefix = f"{head}."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return torch.nn.Sequential(Normalise(tensors["mean"], tensors["std"]), network).eval()

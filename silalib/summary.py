@@ -5,9 +5,9 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
-from .data import DATASETS
+from .data import dataset
 from .losses import LABELS
-from .models import NAMES
+from .models import MODELS, NAMES, count_macs, count_parameters
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
@@ -25,7 +25,10 @@ def interval(values):
 
 
 def reported(table):
-    """The paper's own numbers of "table1", "table2" or "table3" as a data frame; an empty cell is not printed."""
+    """The paper's own numbers of "table1", "table2" or "table3" as a data frame; an empty cell is not printed.
+
+    "networks" gives the documented sizes of the networks.
+    """
     return pd.read_csv(files("silalib") / "reported" / f"{table}.csv")
 
 
@@ -38,7 +41,7 @@ def measured(grid, records, exhibit):
     rows, paper = [], printed(exhibit)
     for run in grid:
         pair = "+".join(NAMES[net] for net in run.nets)
-        same = paper[paper["dataset"] == DATASETS[run.dataset].title]
+        same = paper[paper["dataset"] == dataset(run.dataset).title]
         metrics = (same if len(same) else paper)["metric"].unique()
         for head, net in enumerate(run.nets if run in records else ()):
             row = dict(exhibit=exhibit, dataset=run.dataset, pair=pair, method=run.method, net=head + 1)
@@ -88,28 +91,59 @@ def second_half(values):
     return values.iloc[:, values.shape[1] // 2 :].mean(axis=1)
 
 
+def networks():
+    """Every network's parameters and forward MACs at its input size, counted, beside the documented figures.
+
+    A data frame of text; an empty cell is a figure that is not documented.
+    """
+    import torch
+
+    rows = []
+    for known in reported("networks").fillna("").to_dict("records"):
+        image = known["channels"], known["size"], known["size"]
+        with torch.device("meta"):
+            network = MODELS[known["network"]](known["classes"], known["channels"], known["width"], known["stem"])
+        rows.append(
+            {
+                "network": NAMES[known["network"]],
+                "stem": known["stem"],
+                "width": f"{known['width']:g}",
+                "classes": known["classes"],
+                "input": "x".join(map(str, image)),
+                "parameters": f"{count_parameters(network):,}",
+                "documented parameters": known["parameters"],
+                "million MACs": f"{count_macs(network, image) / 1e6:,.1f}",
+                "documented million MACs": known["million_macs"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def cells(grid, records, metrics, table=None):
     """One row per network row, metric and seed of a table: what our records hold and what the paper prints.
 
-    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: pair, method, net (1 or
-    2), network, metric, seed, value (NaN where there is no record), gain over IND of the same network and seed
-    (positive is better), paper, paper_gain.
+    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: dataset, pair, method,
+    net (1 or 2), network, metric, seed, value (NaN where there is no record), gain over IND of the same network, data
+    set and seed (positive is better), paper, paper_gain. A stand-in has the paper's first data set beside it.
     """
-    printed = _printed(table) if table else {}
-    alone = {(run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
+    numbers = _printed(table) if table else {}
+    alone = {(run.dataset, run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
     rows = []
     for run in grid:
+        title = dataset(run.dataset).title
+        printed = numbers.get(title) or next(iter(numbers.values()), {})
         pair = "+".join(NAMES[net] for net in run.nets)
         for head, net in enumerate(run.nets):
             for metric in metrics:
                 sign = -1 if metric == "nll" else 1
                 value = records[run].heads[head][metric] if run in records else np.nan
-                baseline = alone.get((net, run.seed))
+                baseline = alone.get((run.dataset, net, run.seed))
                 paper = printed.get((pair, LABELS[run.method], head + 1, metric), np.nan)
                 paper_alone = printed.get((NAMES[net], LABELS["ind"], 1, metric), np.nan)
                 has_gain = run.method != "ind"
                 rows.append(
                     {
+                        "dataset": title,
                         "pair": pair,
                         "method": LABELS[run.method],
                         "net": head + 1,
@@ -126,19 +160,21 @@ def cells(grid, records, metrics, table=None):
 
 
 def _printed(table):
+    """data set -> {(pair, method, net, metric): number}, in the table's order."""
     frame = reported(table)
     numbers = {}
     for row in frame.to_dict("records"):
         pair = row["net1"] if pd.isna(row["net2"]) else f"{row['net1']}+{row['net2']}"
         for metric in METRICS:
             if not pd.isna(row.get(metric, np.nan)):
-                numbers[pair, row["method"], int(row["net"][-1]), metric] = row[metric]
+                of_data_set = numbers.setdefault(row["dataset"], {})
+                of_data_set[pair, row["method"], int(row["net"][-1]), metric] = row[metric]
     return numbers
 
 
 def over_seeds(frame):
     """`cells` summarised over seeds: mean and half-width of value and gain, n, and the paper's numbers."""
-    keys = ["pair", "method", "net", "network", "metric"]
+    keys = ["dataset", "pair", "method", "net", "network", "metric"]
     rows = []
     for key, group in frame.groupby(keys, sort=False):
         values, gains = group["value"].dropna(), group["gain"].dropna()
@@ -156,11 +192,41 @@ def score(frame, method, column="gain"):
     The mean gain is of top-1 over all network rows, with its interval over seeds (NaN for one, and for the paper).
     """
     chosen = frame[(frame["method"] == LABELS[method]) & frame[column].notna()]
-    by_cell = chosen.groupby(["pair", "net", "metric"])[column].mean()
+    by_cell = chosen.groupby(["dataset", "pair", "net", "metric"])[column].mean()
     top1 = chosen[chosen["metric"] == "top1"].groupby("seed")[column].mean()
     if column == "paper_gain":
         top1 = top1.iloc[:1]
     return int((by_cell > 0).sum()), len(by_cell), *interval(top1)
+
+
+def scores(frame, methods):
+    """A table to look at of `score` for each method: ours beside the paper's."""
+    rows = []
+    for method in methods:
+        row = {"method": LABELS[method]}
+        for whose, column in (("ours", "gain"), ("paper", "paper_gain")):
+            won, total, gain, half = score(frame, method, column)
+            row[f"cells won, {whose}"] = f"{won} of {total}" if total else "not run"
+            row[f"mean top-1 gain, {whose}"] = plus_minus(gain, half, signed=True) or "not run"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def verdicts(frame, methods):
+    """A line of Markdown for each method: whether its mean gain in top-1 can be told from zero over seeds."""
+    lines = []
+    for method in methods:
+        won, total, gain, half = score(frame, method)
+        if not total:
+            lines.append(f"- {LABELS[method]}: not run.")
+            continue
+        word = "above" if gain > half else "below" if gain < -half else "not told apart from"
+        interval = f": {word} IND by its interval over seeds." if half == half else "; one seed has no interval."
+        gain = plus_minus(gain, half, signed=True)
+        lines.append(
+            f"- {LABELS[method]} beats IND in {won} of {total} cells; its mean gain in top-1 is {gain} points{interval}"
+        )
+    return "\n".join(lines)
 
 
 def plus_minus(mean, half, digits=2, signed=False):

@@ -55,7 +55,7 @@ def small_project(tmp_path, monkeypatch, tiny):
     folder.mkdir()
     monkeypatch.setattr(report, "FOLDER", folder)
     monkeypatch.setattr(report, "EXHIBITS", {"tiny": Exhibit("A tiny table", grid, "01_tiny")})
-    titles = [("The method", None), ("A tiny table", "tiny"), ("Another figure", None)]
+    titles = [("The method", ()), ("A tiny table", ("tiny",)), ("Another figure", ())]
     monkeypatch.setattr(report, "NOTEBOOKS", dict(zip(STEMS, titles)))
     return folder
 

@@ -35,10 +35,11 @@ def test_key_is_readable_and_stable():
 
 OTHER = {
     "dataset": "cifar10",
-    "nets": ("resnet18", "mobilenet"),
+    "nets": ("resnet18", "resnet34"),
     "method": "dml",
     "seed": 1,
     "width": 0.5,
+    "stem": "imagenet",
     "betas": (1.0, 2.0),
     "coupling": 0.5,
     "epochs": 10,
@@ -57,18 +58,25 @@ OTHER = {
     "noise_sigmas": 3,
     "noise_draws": 3,
     "hessian_images": 10,
+    "blocks": 3,
 }
+"""Another value of each field."""
+
+MSDNET = {"nets": ("msdnet_imagenet",), "stem": "imagenet", "noise_images": 0, "hessian_images": 0}
+"""What blocks needs beside it."""
 
 
 def test_every_field_changes_the_key():
     assert set(OTHER) == {f.name for f in dataclasses.fields(Run)}
-    keys = {Run().key} | {Run(**{name: value}).key for name, value in OTHER.items()}
+    plain = {name: value for name, value in OTHER.items() if name != "blocks"}
+    keys = {Run().key} | {Run(**{name: value}).key for name, value in plain.items()}
+    keys |= {Run(**MSDNET).key, Run(**MSDNET, blocks=OTHER["blocks"]).key}
     hashes = {key.rsplit("-", 1)[1] for key in keys}
-    assert len(keys) == len(hashes) == len(OTHER) + 1
+    assert len(keys) == len(hashes) == len(plain) + 3
 
 
 def test_every_field_is_in_the_configuration():
-    run = Run(**OTHER | {"method": "sila"})
+    run = Run(**OTHER | MSDNET | {"method": "sila", "betas": (1, 2, 3)})
     assert Run(**run.config) == run
     assert Run(**run.config).key == run.key
     assert json.loads(json.dumps(run.config)) == run.config
@@ -140,6 +148,16 @@ def test_names():
         ({"noise_images": 10, "noise_sigmas": 0}, "noise_sigmas"),
         ({"noise_images": 10, "noise_draws": 0}, "noise_draws"),
         ({"dataset": "mnist", "nets": ("vgg13", "vgg13")}, "32x32"),
+        ({"blocks": 3}, "blocks belongs to MSDNet; resnet18 has none"),
+        ({"nets": "msdnet_anytime", "blocks": 8}, "blocks must be from 1 to 7 for msdnet_anytime, not 8"),
+        ({"nets": "msdnet_budgeted", "blocks": 0}, "blocks must be from 1 to 5"),
+        ({"nets": "msdnet_budgeted", "blocks": 1, "method": "dml"}, "DML needs at least two networks or exits"),
+        ({"nets": "msdnet_budgeted", "betas": (1, 1)}, "2 betas for 5 exits: give one each"),
+        ({"nets": "msdnet_budgeted", "blocks": 2, "betas": (1,)}, "1 betas for 2 exits"),
+        ({"nets": ("msdnet_anytime", "resnet18")}, "so it is trained alone"),
+        ({"nets": ("msdnet_anytime",) * 2}, "so it is trained alone"),
+        ({"nets": "msdnet_anytime", "noise_images": 10}, "are for networks with one head; msdnet_anytime has 7"),
+        ({"nets": "msdnet_anytime", "hessian_images": 10}, "are for networks with one head"),
     ],
 )
 def test_a_bad_configuration_is_refused_in_one_line(changes, message):

@@ -589,3 +589,108 @@ def test_precision_is_decided_for_each_network(tiny, tmp_path, monkeypatch):
             exact = training.nets[1].eval()(images)
     assert not torch.equal(rounded, exact)
     assert torch.allclose(rounded, exact, atol=0.05)
+
+
+# -- a network with exits
+
+
+def exits_run(tiny, **changes):
+    return tiny(**{"nets": "msdnet_anytime", "blocks": 3, "width": 0.125, "holdout": 50} | changes)
+
+
+@pytest.fixture(scope="module")
+def with_exits(tiny, tmp_path_factory):
+    return trainer.train(exits_run(tiny), tmp_path_factory.mktemp("exits") / "run", "cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exits_train_as_in_a_plain_loop(method, tiny, tmp_path, monkeypatch):
+    def smooth(*arguments, **blocks):  # see smooth_network
+        network = original(*arguments, **blocks)
+        for m in list(network.modules()):
+            for name, child in m.named_children():
+                if isinstance(child, torch.nn.ReLU):
+                    setattr(m, name, torch.nn.Tanh())
+        return network
+
+    original = MODELS["msdnet_anytime"]
+    monkeypatch.setitem(MODELS, "msdnet_anytime", smooth)
+    run = exits_run(tiny, method=method, lr=0.02, weight_decay=0.01, batch_size=16, epochs=1, milestones=())
+    split = data.splits(run, CPU)[0]["train"]
+    assert len(split) == 64 and not np.shares_memory(split.images, data.splits(run, CPU)[0]["holdout"].images)
+    images = split.images.numpy()
+    network = build(run, 0).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), run.lr, 0.9, weight_decay=0.01, nesterov=True, foreach=False)
+    order, offset, _ = epoch_plan(run, 0, 64, CPU)
+    for step in range(4):
+        chosen = slice(16 * step, 16 * step + 16)
+        batch = (cropped(images, order[chosen], offset[chosen]) / 255 - images.mean() / 255) / (images / 255).std()
+        x = torch.tensor(batch).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+        optimizer.param_groups[0]["lr"] = run.lr * (step + 1) / 4
+        optimizer.zero_grad()
+        plain_loss(method, list(network(x)), split.labels[order[chosen]], (1, 1, 1), 1).backward()
+        optimizer.step()
+    record = trainer.train(run, tmp_path / "run", "cpu")
+    trained, start = load_tensors(record.read("weights.safetensors")), build(run, 0).state_dict()
+    for key, expected in network.state_dict().items():
+        moved = (expected - start[key]).double().norm()
+        assert moved > 0, key
+        apart = (trained[f"0.{key}"] - expected).double().norm()
+        assert apart <= 1e-3 * moved + 1e-6 * expected.double().norm(), key
+
+
+def test_every_exit_is_in_the_record(with_exits):
+    record = with_exits
+    assert len(record.heads) == 3 and record.history["head"].tolist() == [0, 1, 2] * 2
+    (parameters,) = {head["parameters"] for head in record.heads}
+    network = build(record.run, 0)
+    assert parameters == sum(p.numel() for p in network.parameters())
+    for macs in ("macs", "macs_budgeted"):
+        costs = [head[macs] for head in record.heads]
+        assert costs == sorted(set(costs))
+    assert record.heads[0]["macs"] == record.heads[0]["macs_budgeted"]
+    assert record.heads[2]["macs"] < record.heads[2]["macs_budgeted"]
+    for head, values in enumerate(record.heads):
+        last = record.history[record.history["head"] == head].iloc[-1]
+        assert values["top1"] == last["test_top1"] and values["nll"] == last["test_nll"]
+        accuracy = 100 * (record.test[f"predicted_{head}"] == record.test["labels"]).mean()
+        assert values["top1"] == pytest.approx(accuracy, abs=0.21)  # one image of 500 may have two equal logits
+    with pytest.raises(UserError, match="was not asked for it"):
+        record.noise  # noqa: B018
+
+
+def test_held_out_images_are_kept_as_they_are_and_exactly(with_exits):
+    """Calibration is of images that were neither trained on nor augmented."""
+    run, test = with_exits.run, with_exits.test
+    held = data.splits(run, CPU)[0]["holdout"]
+    tensors = load_tensors(with_exits.read("weights.safetensors"))
+    network = build(run, 0).eval()
+    network.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("0.")})
+    with torch.no_grad():
+        exits = network(((held.images / 255 - tensors["mean"]) / tensors["std"]).permute(0, 3, 1, 2))
+    assert test["calibration_labels"].tolist() == held.labels.tolist() and len(held.labels) == 50
+    for head, z in enumerate(exits):
+        confidence, predicted = z.softmax(1).max(1)
+        kept = test[f"calibration_confidence_{head}"]
+        assert kept.dtype == test[f"confidence_{head}"].dtype == np.float32
+        np.testing.assert_allclose(kept, confidence, rtol=1e-5)
+        assert (test[f"calibration_predicted_{head}"] == predicted.numpy()).mean() > 0.95
+
+
+def test_exits_resume_where_they_were_stopped(tiny, with_exits, comparable, tmp_path):
+    with pytest.raises(Stopped, match="step 3 of 4 is saved"):
+        trainer.train(exits_run(tiny), tmp_path / "run", "cpu", stop=stop_after(3))
+    assert comparable(trainer.train(exits_run(tiny), tmp_path / "run", "cpu")) == comparable(with_exits)
+
+
+def test_load_network_gives_every_exit(tiny, results):
+    run = exits_run(tiny, epochs=1)
+    record = trainer.train(run, results / "quick" / "runs" / run.key, "cpu")
+    whole = data.load("digits")
+    with torch.no_grad():
+        exits = load_network(run)(whole.test_images)
+    assert isinstance(exits, tuple) and len(exits) == 3
+    for z, values in zip(exits, record.heads):
+        assert F.cross_entropy(z, whole.test_labels).item() == pytest.approx(values["nll"], rel=1e-5)
+    with pytest.raises(UserError, match="head 1: this run has one network: leave head at 0"):
+        load_network(run, 1)

@@ -1,6 +1,7 @@
-"""The networks of the paper. MODELS: name -> factory(num_classes, in_channels=3, width=1.0).
+"""The networks of the paper. MODELS: name -> factory(num_classes, in_channels=3, width=1.0, stem="cifar").
 
-`width` scales every layer's channels (and VGG's 4096 units); 1 is the published network.
+`width` scales every layer's channels (and VGG's 4096 units); 1 is the published network. `stem` "imagenet" gives the
+ResNets the first layers for large images; a network without such a stem raises ValueError.
 """
 
 from math import prod
@@ -9,9 +10,12 @@ import torch
 from torch import nn
 
 from .convnet import convnet12
+from .densenet import densenet121
 from .mobilenet import mobilenet
+from .msdnet import BLOCKS, msdnet_anytime, msdnet_budgeted, msdnet_imagenet
 from .resnet import resnet18, resnet34
 from .vgg import vgg13, vgg19
+from .wrn import wrn16_10
 
 MODELS = {
     "mobilenet": mobilenet,
@@ -19,7 +23,12 @@ MODELS = {
     "resnet34": resnet34,
     "vgg13": vgg13,
     "vgg19": vgg19,
+    "wrn16_10": wrn16_10,
+    "densenet121": densenet121,
     "convnet12": convnet12,
+    "msdnet_anytime": msdnet_anytime,
+    "msdnet_budgeted": msdnet_budgeted,
+    "msdnet_imagenet": msdnet_imagenet,
 }
 
 NAMES = {
@@ -28,9 +37,21 @@ NAMES = {
     "resnet34": "ResNet34",
     "vgg13": "VGG13",
     "vgg19": "VGG19",
+    "wrn16_10": "WRN-16-10",
+    "densenet121": "DenseNet121",
     "convnet12": "12-layer ConvNet",
+    "msdnet_anytime": "MSDNet (anytime)",
+    "msdnet_budgeted": "MSDNet (budgeted)",
+    "msdnet_imagenet": "MSDNet (ImageNet)",
 }
 """Network name -> the paper's spelling."""
+
+STEMS = dict.fromkeys(MODELS, ("cifar",))
+STEMS |= dict.fromkeys(("resnet18", "resnet34"), ("cifar", "imagenet")) | {"msdnet_imagenet": ("imagenet",)}
+"""Network -> the stems it has."""
+
+EXITS = {name: len(layers) for name, layers in BLOCKS.items()}
+"""Network -> the number of its exits, where it has more than one; it gives a tuple of logits then."""
 
 SMALLEST_IMAGE = {"vgg13": 32, "vgg19": 32}
 """Network name -> the smallest height and width it takes, where it has a limit."""
@@ -42,15 +63,22 @@ def count_parameters(model):
 
 def count_macs(model, input_shape):
     """Multiply-accumulates of the convolutions and linear layers in one forward pass of one image (C, H, W)."""
-    total = 0
+    return sum(macs_by_layer(model, input_shape).values())
 
-    def add(module, inputs, output):
-        nonlocal total
-        # every output element is one inner product over the weights of its channel
-        total += output[0].numel() * prod(module.weight.shape[1:])
 
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [m.register_forward_hook(add) for m in layers]
+def macs_by_layer(model, input_shape):
+    """Name of each convolution and linear layer -> its multiply-accumulates for one image (C, H, W)."""
+    macs = {}
+
+    def count(name):
+        def add(module, inputs, output):
+            # every output element is one inner product over the weights of its channel
+            macs[name] = macs.get(name, 0) + output[0].numel() * prod(module.weight.shape[1:])
+
+        return add
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [m.register_forward_hook(count(name)) for name, m in layers]
     training, device = model.training, next(model.parameters()).device
     try:
         with torch.no_grad():
@@ -59,4 +87,4 @@ def count_macs(model, input_shape):
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return total
+    return macs

@@ -1,0 +1,244 @@
+"""Early exit: what each exit costs, anytime prediction, budgeted batch classification, and inference that stops early.
+
+The confidence of an exit is its largest softmax probability. A sample leaves at the first exit whose confidence
+reaches that exit's threshold; the last exit takes the rest. Thresholds come from images held out of the training
+set, never from the test set. Arrays of C exits and n samples have shape (C, n); exits count from 0, costs are in
+multiply-accumulates (MACs) of convolutions and linear layers for one image.
+"""
+
+import time
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import UserError
+from .models import macs_by_layer
+from .models.msdnet import MSDNet
+
+
+def exit_costs(network, image, budgeted=False):
+    """MACs of every exit for an image of shape (C, H, W), as a list; every layer of a block counts.
+
+    Exit k on its own needs blocks 0..k and classifier k. budgeted: blocks 0..k and classifiers 0..k, as each is asked
+    whether the image may leave. A network without exits has one cost.
+    """
+    macs = macs_by_layer(network, image)
+    if not isinstance(network, MSDNet):
+        return [sum(macs.values())]
+    part = lambda prefix: sum(n for layer, n in macs.items() if layer.startswith(prefix))
+    blocks = [part(f"blocks.{k}.") for k in range(len(network.blocks))]
+    classifiers = [part(f"classifiers.{k}.") for k in range(len(network.blocks))]
+    if budgeted:
+        return list(accumulate(b + c for b, c in zip(blocks, classifiers)))
+    return [b + c for b, c in zip(accumulate(blocks), classifiers)]
+
+
+# -- anytime prediction
+
+
+def anytime(record):
+    """Anytime prediction (Figure 5): a data frame with a row per exit: exit, macs, top1, top5 (percent), nll."""
+    import pandas as pd
+
+    rows = [{"exit": k} | {m: head[m] for m in ("macs", "top1", "top5", "nll")} for k, head in enumerate(record.heads)]
+    return pd.DataFrame(rows)
+
+
+# -- budgeted batch classification
+
+SWEEP = tuple(np.geomspace(1 / 20, 20, 41).tolist())
+"""Values of q from nearly every sample at the first exit to nearly every one at the last."""
+
+
+def fractions(q, exits):
+    """The share of samples that leaves at each exit, proportional to q^k; shape (exits,). UserError unless q > 0."""
+    if not 0 < q < np.inf:
+        raise UserError(f"q must be a number above 0, not {q}")
+    powers = np.arange(exits) * np.log(q)
+    shares = np.exp(powers - powers.max())
+    return shares / shares.sum()
+
+
+def fractions_for(budget, costs):
+    """The exit fractions proportional to q^k whose average cost is the budget, in MACs an image; shape (C,).
+
+    A budget above the last exit's cost buys nothing more: every sample goes to the last exit. Raises UserError for a
+    budget below the first exit's cost.
+    """
+    from scipy.optimize import brentq
+
+    costs = np.asarray(costs, float)
+    if not budget >= costs[0]:
+        raise UserError(f"a budget of {budget:g} MACs an image is below the first exit's cost, {costs[0]:g}")
+    if budget == costs[0] or budget >= costs[-1]:
+        return np.eye(len(costs))[0 if budget < costs[-1] else -1]
+    excess = lambda log_q: fractions(np.exp(log_q), len(costs)) @ costs - budget
+    return fractions(np.exp(brentq(excess, -40, 40, xtol=1e-12)), len(costs))
+
+
+def thresholds(confidence, shares):
+    """Thresholds (C,) at which the samples of confidence (C, n) leave in the given shares (C,), up to ties.
+
+    Samples with equal confidence leave together, so more than asked may leave at an exit; the next ones then let fewer
+    go. An exit where nobody should leave has the threshold infinity, the last one has minus infinity.
+    """
+    exits, n = confidence.shape
+    if len(shares) != exits or not np.isclose(np.sum(shares), 1) or np.min(shares) < 0:
+        raise ValueError(f"shares {shares}: give one for each of {exits} exits, none negative, which add up to 1")
+    chosen = np.full(exits, np.inf)
+    chosen[-1] = -np.inf
+    waiting = np.ones(n, bool)
+    for k, target in enumerate(np.rint(n * np.cumsum(shares)).astype(int)[:-1]):
+        here = confidence[k, waiting]
+        leave = target - (n - len(here))
+        if leave > 0:
+            chosen[k] = np.partition(here, -leave)[-leave]
+            waiting &= confidence[k] < chosen[k]
+    return chosen
+
+
+def leaves_at(confidence, limits):
+    """The exit (n,) at which each sample leaves, for confidence (C, n) and thresholds (C,)."""
+    reached = confidence >= np.asarray(limits)[:, None]
+    reached[-1] = True
+    return reached.argmax(0)
+
+
+def evaluate(confidence, correct, limits, costs):
+    """What thresholds (C,) give on samples of confidence and correctness (C, n), with the exits' budgeted costs (C,).
+
+    Returns top1 in percent, macs (the average cost of a sample) and shares (C,), the part that left at each exit.
+    """
+    exits = leaves_at(confidence, limits)
+    shares = np.bincount(exits, minlength=len(costs)) / len(exits)
+    hits = correct[exits, np.arange(len(exits))]
+    return {"top1": 100 * hits.mean(), "macs": shares @ np.asarray(costs, float), "shares": shares}
+
+
+def kept(record, split):
+    """(confidence, predicted, labels) of a record's "test" or "calibration" images; (C, n), (C, n), (n,).
+
+    Raises UserError where the run held no images out.
+    """
+    if not record.run.holdout:
+        raise UserError(f"{record.run} held no images out to choose thresholds from: train it with holdout above 0")
+    prefix = "calibration_" if split == "calibration" else ""
+    stack = lambda name: np.stack([record.test[f"{prefix}{name}_{k}"] for k in range(len(record.heads))])
+    return stack("confidence"), stack("predicted"), record.test[f"{prefix}labels"]
+
+
+def budgeted(record, sweep=SWEEP):
+    """Budgeted batch classification (Figure 4): a data frame with a row for each q of the sweep.
+
+    Columns: q; macs and top1 (percent) of the test images; thresholds and shares, a list with one entry per exit, the
+    thresholds chosen on the run's held-out images and the shares those of the test images.
+    """
+    import pandas as pd
+
+    held = kept(record, "calibration")[0]
+    confidence, predicted, labels = kept(record, "test")
+    costs = [head["macs_budgeted"] for head in record.heads]
+    rows = []
+    for q in sweep:
+        limits = thresholds(held, fractions(q, len(costs)))
+        result = evaluate(confidence, predicted == labels, limits, costs)
+        rows.append({"q": q, "thresholds": limits.tolist()} | result | {"shares": result["shares"].tolist()})
+    return pd.DataFrame(rows)
+
+
+def at_costs(curve, costs):
+    """The top-1 (percent) of a curve (a data frame with macs and top1) at other costs, interpolated linearly."""
+    ordered = curve.sort_values("macs")
+    return np.interp(costs, ordered["macs"], ordered["top1"])
+
+
+def gain_at_equal_costs(curve, baseline, points=50):
+    """The gain in top-1 (points) of a curve over another, shape (points,), at equal costs that both reach."""
+    lowest = max(c["macs"].min() for c in (curve, baseline))
+    highest = min(c["macs"].max() for c in (curve, baseline))
+    costs = np.linspace(lowest, highest, points)
+    return at_costs(curve, costs) - at_costs(baseline, costs)
+
+
+# -- inference
+
+
+class UpTo(nn.Module):
+    """An MSDNet that ends at one exit: images -> its logits (B, N); anytime prediction with a budget known before.
+
+    model: an MSDNet, or what `load_network` gives.
+    """
+
+    def __init__(self, model, exit):
+        super().__init__()
+        self.before, network = _parts(model)
+        self.blocks = nn.Sequential(*network.blocks[: exit + 1])
+        self.classifier = network.classifiers[exit]
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.classifier(self.blocks(self.before(images))[-1])
+
+
+class EarlyExit(nn.Module):
+    """An MSDNet that computes no further than it must: images (B, ...) -> (logits (B, N), exit (B,)), in their order.
+
+    model: an MSDNet, or what `load_network` gives. thresholds: one per exit, as `thresholds` gives them. After every
+    exit the samples whose confidence reaches its threshold leave; only the others enter the next block.
+    """
+
+    def __init__(self, model, thresholds):
+        super().__init__()
+        self.before, self.network = _parts(model)
+        self.thresholds = [float(t) for t in thresholds]
+        if len(self.thresholds) != len(self.network.blocks):
+            raise ValueError(f"{len(self.thresholds)} thresholds for {len(self.network.blocks)} exits: give one each")
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images):
+        features = self.before(images)
+        waiting = torch.arange(len(images), device=features.device)
+        exits = torch.full_like(waiting, len(self.thresholds) - 1)
+        logits = None
+        parts = zip(self.network.blocks, self.network.classifiers, self.thresholds)
+        for k, (block, classifier, threshold) in enumerate(parts):
+            features = block(features)
+            z = classifier(features[-1])
+            logits = z if logits is None else logits.index_copy_(0, waiting, z)
+            stay = z.log_softmax(1).amax(1).exp() < threshold
+            if k + 1 == len(self.thresholds) or not stay.any():
+                exits[waiting] = k
+                break
+            exits[waiting[~stay]] = k
+            if not stay.all():
+                features, waiting = [f[stay] for f in features], waiting[stay]
+        return logits, exits
+
+
+def _parts(model):
+    """(what comes before the network, the MSDNet)."""
+    *before, network = model if isinstance(model, nn.Sequential) else [model]
+    if not isinstance(network, MSDNet):
+        raise UserError(f"early exit needs an MSDNet, not {type(network).__name__}")
+    return nn.Sequential(*before), network
+
+
+def milliseconds(model, images, batch_size, repeats=3):
+    """Measured milliseconds an image of model(batch) over all images, here and now: the fastest of some repeats."""
+    batches = images.split(batch_size)
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    times = []
+    with torch.no_grad():
+        model(batches[0])
+        for _ in range(repeats):
+            wait()
+            began = time.perf_counter()
+            for batch in batches:
+                model(batch)
+            wait()
+            times.append(time.perf_counter() - began)
+    return 1000 * min(times) / len(images)

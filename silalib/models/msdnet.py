@@ -1,0 +1,171 @@
+"""MSDNet (Huang et al., 2018): one network with an exit after every block; multi-scale features, dense connections.
+
+A layer holds feature maps at several scales, each half the size of the one before. The classifiers read the coarsest
+scale. Later layers drop the finest scales, which no classifier reads.
+"""
+
+from itertools import pairwise
+from math import ceil
+
+import torch
+from torch import nn
+
+from .layers import ClassLayer, check_stem
+from .mobilenet import conv_bn_relu
+
+
+class Scales(nn.Module):
+    """The first feature maps: image (B, C, H, W) -> a list with one tensor per scale, the finest first."""
+
+    def __init__(self, stem, channels):
+        super().__init__()
+        down = [nn.Sequential(*conv_bn_relu(a, b, 3, 2)) for a, b in pairwise(channels)]
+        self.scales = nn.ModuleList([stem, *down])
+
+    def forward(self, x):
+        features = []
+        for scale in self.scales:
+            x = scale(x)
+            features.append(x)
+        return features
+
+
+def branch(inputs, channels, factor, stride=1):
+    """A 3x3 convolution behind a 1x1 bottleneck."""
+    inner = min(inputs, factor * channels)
+    return nn.Sequential(*conv_bn_relu(inputs, inner, 1), *conv_bn_relu(inner, channels, 3, stride))
+
+
+class Layer(nn.Module):
+    """A dense layer: at every scale new channels are concatenated to the old; `drop` removes the finest scale.
+
+    The new channels come from the scale itself and, in equal parts, from the next finer one where there is one.
+    """
+
+    def __init__(self, channels, growth, factors, drop):
+        super().__init__()
+        self.drop = int(drop)
+        self.down, self.normal = nn.ModuleList(), nn.ModuleList()
+        for i in range(self.drop, len(channels)):
+            new = growth[i] // 2 if i else growth[i]
+            self.normal.append(branch(channels[i], new, factors[i]))
+            if i:
+                self.down.append(branch(channels[i - 1], new, factors[i - 1], stride=2))
+
+    def forward(self, features):
+        grown = []
+        for i, normal in enumerate(self.normal, self.drop):
+            parts = [features[i], normal(features[i])]
+            if i:
+                parts.append(self.down[i - 1](features[i - 1]))
+            grown.append(torch.cat(parts, 1))
+        return grown
+
+
+class Transition(nn.Module):
+    """A 1x1 convolution at every scale."""
+
+    def __init__(self, inputs, channels):
+        super().__init__()
+        self.scales = nn.ModuleList(nn.Sequential(*conv_bn_relu(a, b, 1)) for a, b in zip(inputs, channels))
+
+    def forward(self, features):
+        return [scale(x) for scale, x in zip(self.scales, features)]
+
+
+class Classifier(nn.Module):
+    """The coarsest scale (B, C, H, W) -> logits (B, num_classes)."""
+
+    def __init__(self, inputs, channels, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(*conv_bn_relu(inputs, channels, 3, 2), *conv_bn_relu(channels, channels, 3, 2))
+        self.fc = ClassLayer(channels, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+class MSDNet(nn.Module):
+    """(B, in_channels, H, W) -> a tuple with the logits (B, num_classes) of every exit, the earliest first.
+
+    stem: image -> features of the finest scale. layers: dense layers of each block. channels, growth: of the finest
+    scale; those of scale i are factors[i] times as many. head: channels inside a classifier, None for its input's.
+    `blocks[k]` and `classifiers[k]` can be run one by one; a block gives a list of features, of which the classifier
+    reads the last.
+    """
+
+    def __init__(self, stem, layers, channels, growth, factors, head, num_classes):
+        super().__init__()
+        self.blocks, self.classifiers = nn.ModuleList(), nn.ModuleList()
+        every = ceil(sum(layers) / len(factors))  # a scale is dropped after so many layers
+        done = 0
+        for count in layers:
+            block = [] if self.blocks else [Scales(stem, scaled(channels, factors))]
+            for _ in range(count):
+                drop = done > 0 and done % every == 0
+                block.append(Layer(scaled(channels, factors), scaled(growth, factors), factors, drop))
+                channels += growth
+                done += 1
+                if drop:
+                    factors = factors[1:]
+                    block.append(Transition(scaled(channels, factors), scaled(channels // 2, factors)))
+                    channels //= 2
+            self.blocks.append(nn.Sequential(*block))
+            coarsest = channels * factors[-1]
+            self.classifiers.append(Classifier(coarsest, head or coarsest, num_classes))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                kernel = m.kernel_size[0] * m.kernel_size[1]
+                nn.init.normal_(m.weight, std=(2 / (kernel * m.out_channels)) ** 0.5)
+            elif isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        logits = []
+        for block, classifier in zip(self.blocks, self.classifiers):
+            x = block(x)
+            logits.append(classifier(x[-1]))
+        return tuple(logits)
+
+
+def scaled(number, factors):
+    return [number * factor for factor in factors]
+
+
+BLOCKS = {"msdnet_anytime": (4, 2, 2, 2, 2, 2, 2), "msdnet_budgeted": (1, 2, 3, 4, 5), "msdnet_imagenet": (4,) * 5}
+"""Network -> the dense layers of each block; a network with fewer blocks has the first of them."""
+
+
+def layers_of(name, blocks):
+    """The dense layers of each block of a network, of the first `blocks` blocks or of all for None."""
+    if blocks is not None and not 1 <= blocks <= len(BLOCKS[name]):
+        raise ValueError(f"{name} has 1 to {len(BLOCKS[name])} blocks, not {blocks}")
+    return BLOCKS[name][:blocks]
+
+
+def small(name, num_classes, in_channels, width, stem, blocks):
+    """For 32x32 images: three scales."""
+    check_stem(stem)
+    channels = max(1, round(16 * width))
+    first = nn.Sequential(*conv_bn_relu(in_channels, channels, 3))
+    growth, head = max(1, round(6 * width)), max(1, round(128 * width))
+    return MSDNet(first, layers_of(name, blocks), channels, growth, (1, 2, 4), head, num_classes)
+
+
+def msdnet_anytime(num_classes, in_channels=3, width=1.0, stem="cifar", blocks=None):
+    return small("msdnet_anytime", num_classes, in_channels, width, stem, blocks)
+
+
+def msdnet_budgeted(num_classes, in_channels=3, width=1.0, stem="cifar", blocks=None):
+    return small("msdnet_budgeted", num_classes, in_channels, width, stem, blocks)
+
+
+def msdnet_imagenet(num_classes, in_channels=3, width=1.0, stem="imagenet", blocks=None):
+    """For 224x224 images: four scales behind a stem that divides the size by four."""
+    check_stem(stem, ("imagenet",))
+    channels = max(1, round(32 * width))
+    first = nn.Sequential(
+        nn.Conv2d(in_channels, channels, 7, 2, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    )
+    layers, growth = layers_of("msdnet_imagenet", blocks), max(1, round(16 * width))
+    return MSDNet(first, layers, channels, growth, (1, 2, 4, 4), None, num_classes)
