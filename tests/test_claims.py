@@ -60,9 +60,13 @@ def training(_):
 def early_exits(_):
     """Three exits, every one better by the gain at the same cost."""
     base = [Run(nets="resnet18", method=method, seed=seed) for seed in SEEDS for method in ("ind", "sila")]
-    grids = {"fig5": base, "fig4": [replace(run, holdout=5000) for run in base]}
     top1 = lambda run, gain, k: 50 + k + (gain if run.method == "sila" else 0)
-    return grids, lambda run, gain: {"heads": [{"top1": top1(run, gain, k), "macs": k} for k in range(3)]}
+
+    def record(run, gain):
+        heads = [{"top1": top1(run, gain, k), "macs": k} for k in range(3)]
+        return {"heads": heads, "curve": pd.DataFrame(heads)}
+
+    return {"fig5": base, "fig4": [replace(run, holdout=5000) for run in base]}, record
 
 
 def features(_):
@@ -85,6 +89,11 @@ def robustness(_):
         return {"history": pd.DataFrame(history), "noise": pd.DataFrame(noise), "heads": [{}] * len(run.nets)}
 
     return {"fig7": experiments.fig7("paper", SEEDS)}, record
+
+
+@pytest.fixture(autouse=True)
+def made_up_curves(monkeypatch):
+    monkeypatch.setattr(claims.early_exit, "budgeted", lambda record: record.curve)
 
 
 BUILDERS = {1: table, 2: table, 3: table, 4: training, 5: early_exits, 6: features, 7: robustness}
@@ -134,7 +143,7 @@ def test_a_single_seed_is_inconclusive_and_says_so(number):
     assert claim.seeds == [0]
 
 
-@pytest.mark.parametrize("number", [n for n in BUILDERS if n != 5])
+@pytest.mark.parametrize("number", BUILDERS)
 def test_stand_in_data_judge_nothing(number):
     claim = judged(number, GAINS["reproduced"], "digits")
     assert claim.verdict == "not run" and claim.measured == "reproduced"

@@ -177,7 +177,8 @@ def test_small_is_real_and_fixed():
 @pytest.mark.parametrize("name", EXHIBITS)
 def test_seeds_and_profiles(name):
     grid = EXHIBITS[name].grid
-    assert {run.seed for run in grid("quick")} == ({0, 1} if name in ("table1", "fig3", "fig6", "fig7") else {0})
+    two = ("table1", "fig3", "fig6", "fig7")
+    assert {run.seed for run in grid("quick")} == ({0, 1} if name in two else {0})
     assert {run.seed for run in grid("small")} == ({0} if name == "variants" else {0, 1, 2})
     assert {run.seed for run in grid("quick", [5])} == {5}
     with pytest.raises(UserError, match="unknown profile 'fast': choose from quick, small, short, paper"):
