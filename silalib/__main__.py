@@ -69,8 +69,14 @@ def parser():
     with_grid(sub)
     with_training(sub)
     sub.add_argument("--no-train", action="store_true", help="render only what is on disk; the rest says 'not run'")
-    sub = command("data", "fetch a data set and verify it", fetch_data)
-    sub.add_argument("dataset")
+    sub = command("data", "fetch or prepare a data set, and verify it", fetch_data)
+    sub.add_argument("dataset", help="its name; 'imagenet100' and 'folder' are prepared from your own files")
+    sub.add_argument("--from", dest="source", metavar="DIR", help="the folder with train/<class>/ and val/<class>/")
+    sub.add_argument("--name", help="with 'folder': what to call the data set")
+    sub.add_argument("--size", type=at_least(1), help="with 'folder': height and width of its images in pixels")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
+    sub.add_argument("--workers", type=at_least(1), help="processes that decode; default one per CPU core")
+    sub.set_defaults(wrong_usage=sub.error)
     return top
 
 
@@ -125,6 +131,7 @@ def report(options):
 
 
 def status(options):
+    from . import claims
     from .launch import cost
     from .progress import duration
     from .runs import find, load, state
@@ -139,7 +146,7 @@ def status(options):
                 speeds.append(load(run).result["provenance"]["seconds"] / cost(run))
             elif label != "damaged":
                 left[run] = cost(run)
-    print(f"profile {options.profile}")
+    print(f"profile {options.profile}; {claims.score(claims.judge(options.profile, options.seeds))}")
     print(f"{'':10}" + "".join(f"{label:>9}" for label in labels))
     for name, counts in rows:
         print(f"{name:10}" + "".join(f"{count or '-':>9}" for count in counts))
@@ -150,14 +157,30 @@ def status(options):
 
 
 def fetch_data(options):
-    from .data import DATASETS, data_folder, load
+    from . import data, folders
 
-    if options.dataset not in DATASETS:
-        raise UserError(f"unknown data set {options.dataset!r}: choose from {', '.join(DATASETS)}")
-    images = load(options.dataset)
-    spec = DATASETS[options.dataset]
-    where = data_folder() / spec.folder if spec.folder else "scikit-learn"
+    free = options.dataset == "folder"
+    if free and None in (options.source, options.name, options.size):
+        options.wrong_usage("'folder' needs --from DIR, --name and --size")
+    if not free and (options.name or options.size):
+        options.wrong_usage("--name and --size belong to 'folder'")
+    if not free and options.source and options.dataset != "imagenet100":
+        options.wrong_usage("--from belongs to 'imagenet100' and 'folder'")
+    name = options.name if free else options.dataset
+    if options.source:
+        data.prepare(name, options.source, options.size, options.skip_broken, options.workers)
+    spec = data.dataset(name)
+    images = data.load(name)
+    if spec.prepared and not options.source:
+        folders.verify(data.data_folder() / spec.folder)
+    where = data.data_folder() / spec.folder if spec.folder else "scikit-learn"
     train, test = len(images.train_labels), len(images.test_labels)
+    if (train, test) != (spec.train, spec.test):
+        print(
+            f"silalib: warning: {spec.title} has {spec.train:,} training and {spec.test:,} test images, but here are "
+            f"{train:,} and {test:,}: results will not compare with the paper's",
+            file=sys.stderr,
+        )
     print(f"{spec.title}: {train} training and {test} test images in {where}, verified")
     return 0
 

@@ -1,12 +1,13 @@
-"""Augmentation, batched on the device: random crop and flip of uint8 images as one gather."""
+"""Augmentation, batched on the device: random crop and flip of uint8 images as one gather, then AutoAugment."""
 
 import torch
 import torch.nn.functional as F
 
+from . import autoaugment
 from .randomness import generator
 
 PADDING = 4
-AUGMENTATIONS = ("none", "crop", "flip", "crop+flip")
+AUGMENTATIONS = ("none", "crop", "flip", "crop+flip", "autoaugment", "crop+flip+autoaugment")
 
 
 def pad(images, augment):
@@ -20,17 +21,18 @@ def epoch_plan(run, epoch, n, device):
     """Every random choice of one epoch over n images, drawn on the CPU and moved once.
 
     Returns (order, offset, flip) of shapes (n,), (n, 2) and (n,): which image, where its crop begins in the padded
-    image, and whether it is mirrored.
+    image, and whether it is mirrored; with AutoAugment its choices follow, see `autoaugment.draw`.
     """
     g = generator(run.seed, "epoch", epoch)
     order = torch.randperm(n, generator=g)
     offset = torch.randint(2 * PADDING + 1, (n, 2), generator=g)
     flip = torch.rand(n, generator=g) < 0.5
+    choices = autoaugment.draw(n, g) if "autoaugment" in run.augment else ()
     if "crop" not in run.augment:
         offset.zero_()
     if "flip" not in run.augment:
         flip.zero_()
-    return order.to(device), offset.to(device), flip.to(device)
+    return tuple(part.to(device) for part in (order, offset, flip, *choices))
 
 
 def crop_flip(padded, index, offset, flip, size):

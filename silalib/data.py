@@ -1,12 +1,16 @@
 """The data sets. DATASETS: name -> Dataset; `load(name)` gives its images, `splits(run, device)` what a run needs.
 
 `digits` (1,797 scans of 8x8 pixels that come with scikit-learn) is embedded and needs no network; MNIST and CIFAR
-come through torchvision, which downloads them once and checks their published MD5s. They live in the folder of the
-environment variable SILALIB_DATA, or data/ in the project.
+come through torchvision, which downloads them once and checks their published MD5s. ImageNet-100 and any other folder
+of images are prepared once from the user's own files (`prepare`) and then read where they lie, memory-mapped. All
+live in the folder of the environment variable SILALIB_DATA, or data/ in the project.
 """
 
 import hashlib
+import math
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from . import folders
 from .errors import MissingData, UserError
 from .paths import ROOT
+from .stream import Streamed, in_batches
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Dataset:
     """What is known of a data set before it is loaded.
 
     image: shape (C, H, W). folder: where its files lie below the data folder, None if embedded.
-    sha256: of the decoded pixels and labels, None if not fixed. prepared: from the user's own files.
+    sha256: of the decoded pixels and labels, None if not fixed. prepared: from the user's own files, see `folders`.
     """
 
     title: str
@@ -38,6 +44,7 @@ class Dataset:
 
 DATASETS = {
     "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1297, 500),
+    "digits64": Dataset("digits (8x8, enlarged to 64x64)", 10, (1, 64, 64), 1297, 500),
     "mnist": Dataset(
         "MNIST",
         10,
@@ -68,23 +75,32 @@ DATASETS = {
     "imagenet100": Dataset("ImageNet-100", 100, (3, 224, 224), 129395, 5000, "imagenet100", prepared=True),
 }
 
+RESIDENT_SHARE = 0.3
+"""Images from a memory map stay on a GPU if they take up less than this share of its free memory."""
+HISTOGRAM_BYTES = 1 << 26
+"""Pixels that are counted at once for the normalisation."""
+
 
 @dataclass(frozen=True)
 class Images:
-    """A whole data set: uint8 images (n, C, H, W), int64 labels (n,), and the sha256 of both."""
+    """A whole data set: uint8 images (n, C, H, W), int64 labels (n,), and the sha256 of both.
+
+    mapped: whether the images lie in a file and come into memory only where they are read.
+    """
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
     checksum: str
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
 class Split:
     """Images ready for a device: uint8 (n, H, W, C), so that a gathered batch is already channels-last."""
 
-    images: torch.Tensor
+    images: torch.Tensor | Streamed
     labels: torch.Tensor
 
     def __len__(self):
@@ -95,18 +111,47 @@ def data_folder():
     return Path(os.environ.get("SILALIB_DATA") or ROOT / "data")
 
 
+def dataset(name):
+    """The Dataset called `name`: a built-in one, or a folder of images that was prepared. Raises UserError else."""
+    if name in DATASETS:
+        return DATASETS[name]
+    prepared = sorted(path.parent.name for path in data_folder().glob("*/dataset.json"))
+    if name not in prepared:
+        raise UserError(f"unknown data set {name!r}: choose from {', '.join(dict.fromkeys([*DATASETS, *prepared]))}")
+    found = folders.describe(data_folder() / name)
+    return Dataset(
+        found["title"], len(found["classes"]), tuple(found["image"]), found["train"], found["test"], name, prepared=True
+    )
+
+
+def prepare(name, source, size=None, skip_broken=False, workers=None):
+    """Make the data set `name` of the images below the folder `source`; see `folders.prepare`.
+
+    "imagenet100" takes the first hundred classes of an ImageNet at 224 pixels: resized to 256x256, the centre cut out.
+    Any other name takes all classes at `size` pixels: the shorter side resized to it, the centre cut out.
+    """
+    if name == "imagenet100":
+        how = dict(title=DATASETS[name].title, size=224, square=256, first=100)
+    else:
+        taken = {*DATASETS, "folder", *(Path(d.folder).parts[0].lower() for d in DATASETS.values() if d.folder)}
+        if name.lower() in taken:
+            raise UserError(f"{name!r} is the name of a built-in data set or its folder: choose another --name")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise UserError(f"{name!r} is no name for a data set: use letters, digits, '.', '_' and '-'")
+        how = dict(title=name, size=size)
+    folders.prepare(source, data_folder() / name, skip_broken=skip_broken, workers=workers, **how)
+    load.cache_clear()
+
+
 @lru_cache(maxsize=2)
 def load(name):
     """The whole data set `name` as Images, downloaded first if need be.
 
     Raises MissingData when it is not here and cannot be downloaded, UserError when its files are damaged.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
-    if DATASETS[name].prepared:
-        where = data_folder() / DATASETS[name].folder
-        raise MissingData(f"{where} is missing: {DATASETS[name].title} cannot be downloaded, see data/README.md")
-    arrays = _digits() if name == "digits" else _from_torchvision(name)
+    if dataset(name).prepared:
+        return _prepared(name)
+    arrays = _digits(DATASETS[name].image[1]) if name.startswith("digits") else _from_torchvision(name)
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.contiguous().numpy())
@@ -120,18 +165,32 @@ def load(name):
 
 def fetch(name):
     """Download a data set that is not here yet; a cheap look where it is. Raises as `load` does."""
-    folder = DATASETS[name].folder
-    if folder and not any((data_folder() / folder).glob("*")):
+    folder = dataset(name).folder
+    if dataset(name).prepared or (folder and not any((data_folder() / folder).glob("*"))):
         load(name)
 
 
-def _digits():
-    """The last 500 images to test on, the others to train on, enlarged to 32x32 once."""
+def _prepared(name):
+    try:
+        (train, train_labels, test, test_labels), checksum = folders.open_arrays(data_folder() / name)
+    except MissingData as error:
+        raise MissingData(
+            f"{error}: python -m silalib data {name} --from DIR makes it of the images below DIR, see data/README.md"
+        ) from None
+    with warnings.catch_warnings():  # torch would rather have arrays that may be written, which these must not be
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        pixels = [torch.from_numpy(array).permute(0, 3, 1, 2) for array in (train, test)]
+    labels = [torch.from_numpy(array) for array in (train_labels, test_labels)]
+    return Images(pixels[0], labels[0], pixels[1], labels[1], checksum, mapped=True)
+
+
+def _digits(size):
+    """The last 500 images to test on, the others to train on, enlarged to size x size once."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, size=32, mode="bilinear", align_corners=False).round().to(torch.uint8)
+    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False).round().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()
     n = DATASETS["digits"].train
     return images[:n], labels[:n], images[n:], labels[n:]
@@ -182,6 +241,7 @@ def splits(run, device):
     """What `run` trains on, holds out and tests on, on `device`: {"train", "holdout", "test"} -> Split, and the Images.
 
     train_size and holdout take fixed, class-balanced subsets of the training images, the same for every seed.
+    Images that do not stay on the device (see `stays`) are Streamed.
     """
     whole = load(run.dataset)
     order = balanced_order(whole.train_labels)
@@ -192,19 +252,36 @@ def splits(run, device):
         )
     end = held + run.train_size if run.train_size else None
     chosen = {"holdout": order[:held].sort().values, "train": order[held:end].sort().values}
-    result = {k: _split(whole.train_images[i], whole.train_labels[i], device) for k, i in chosen.items()}
-    result["test"] = _split(whole.test_images, whole.test_labels, device)
+    resident = stays(whole, run.augment, device)
+    result = {k: _split(whole.train_images, whole.train_labels, i, device, resident) for k, i in chosen.items()}
+    everything = torch.arange(len(whole.test_labels))
+    result["test"] = _split(whole.test_images, whole.test_labels, everything, device, resident)
     return result, whole.checksum
 
 
-def _split(images, labels, device):
-    return Split(images.permute(0, 2, 3, 1).contiguous().to(device), labels.to(device))
+def stays(whole, augment, device):
+    """Whether all images are brought to the device to stay there, with a padded copy where crops are cut from them.
+
+    On a CPU a memory-mapped file is read where it lies; on a GPU its images stay if they leave room for training.
+    """
+    if not whole.mapped or device.type == "cpu":
+        return not whole.mapped
+    bytes_needed = (whole.train_images.nbytes + whole.test_images.nbytes) * (2 if "crop" in augment else 1)
+    return bytes_needed < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _split(images, labels, rows, device, resident):
+    streamed = Streamed(images.permute(0, 2, 3, 1).contiguous(), rows, device)
+    return Split(streamed.resident() if resident else streamed, labels[rows].to(device))
 
 
 def normalisation(split):
     """Per-channel mean and standard deviation of a split's pixels, in units of 1/255 of the range; shape (C,) each."""
-    pixels = split.images.flatten(0, 2)
-    counts = torch.stack([pixels[:, c].int().bincount(minlength=256) for c in range(pixels.shape[1])]).double().cpu()
+    counts = 0
+    for batch in in_batches(split.images, max(1, HISTOGRAM_BYTES // math.prod(split.images.shape[1:]))):
+        pixels = batch.flatten(0, 2)
+        counts += torch.stack([pixels[:, c].int().bincount(minlength=256) for c in range(pixels.shape[1])])
+    counts = counts.double().cpu()
     levels = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels

@@ -154,6 +154,14 @@ def at_costs(curve, costs):
     return np.interp(costs, ordered["macs"], ordered["top1"])
 
 
+def gain_at_equal_costs(curve, baseline, points=50):
+    """The gain in top-1 (points) of a curve over another, shape (points,), at equal costs that both reach."""
+    lowest = max(c["macs"].min() for c in (curve, baseline))
+    highest = min(c["macs"].max() for c in (curve, baseline))
+    costs = np.linspace(lowest, highest, points)
+    return at_costs(curve, costs) - at_costs(baseline, costs)
+
+
 # -- inference
 
 

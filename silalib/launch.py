@@ -38,13 +38,12 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
     here = [run for run in pending if run.dataset not in missing]
     if budget is None:  # the longest first, so that no worker is left with a long one at the end
         here.sort(key=cost, reverse=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    at_once = workers or (cores if device.type == "cpu" else 1)
+    at_once = workers or (cpu_cores() if device.type == "cpu" else 1)
     workers = min(at_once, len(here))
     job = Job(
         folder,
         str(device),
-        threads=max(1, cores // at_once) if device.type == "cpu" else 1,
+        threads=max(1, cpu_cores() // at_once) if device.type == "cpu" else 1,
         deadline=None if budget is None else time.time() + budget,
         only_whole=only_whole,
         retry=retry,
@@ -64,10 +63,15 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
     if left:
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
     for name, error in missing.items():
-        if not data.DATASETS[name].prepared:
+        if not data.dataset(name).prepared:
             raise error
         rows = sum(run.dataset == name for run in pending)
         print(f"{rows} of {len(pending)} runs not run: {error}", file=sys.stderr, flush=True)
+
+
+def cpu_cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ def interruptible():
 @cache
 def cost(run):
     """Relative cost of a run: multiply-accumulates of its training and of the test set after each epoch."""
-    spec = data.DATASETS[run.dataset]
+    spec = data.dataset(run.dataset)
     with torch.device("meta"):
         macs = sum(count_macs(run.network(slot), spec.image) for slot in range(len(run.nets)))
     return run.epochs * macs * (3 * (run.train_size or spec.train) + spec.test)

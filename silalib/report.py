@@ -18,16 +18,19 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from . import launch, runs
-from .data import DATASETS
+from . import claims, launch, runs
+from .data import dataset
 from .errors import Stopped, UserError
 from .experiments import EXHIBITS, check_profile
 from .paths import ROOT, results_folder
 from .progress import duration
 
-_shown = {exhibit.notebook: (exhibit.title, name) for name, exhibit in reversed(EXHIBITS.items())}
-NOTEBOOKS = dict(sorted({"00_siamese_labels": ("The method", "fig3"), **_shown}.items()))
-"""Notebook -> (title, the exhibit whose runs it shows or None), in the order of the paper."""
+NOTEBOOKS = {"00_siamese_labels": ("The method", ("fig3",))}
+"""Notebook -> (title, the exhibits whose runs it shows), in the order of the paper."""
+for _name, _exhibit in sorted(EXHIBITS.items(), key=lambda item: item[1].notebook):
+    _title, _shown = NOTEBOOKS.get(_exhibit.notebook, (_exhibit.title, ()))
+    NOTEBOOKS[_exhibit.notebook] = _title, (*_shown, _name)
+NOTEBOOKS["09_claims"] = "Which claims hold?", ()
 
 FOLDER = ROOT / "notebooks"
 AT_ONCE = 2
@@ -79,7 +82,7 @@ def build(profile, names=None, seeds=None, device="auto", workers=None, train=Tr
             runs.write_atomically(report / f"{stem}.html", content.encode())
             left -= 1
     finally:
-        write_index(profile)
+        write_index(profile, seeds)
     if left:
         raise Stopped(f"the report stopped with {left} of {len(chosen)} pages left; start again to go on")
     print(report / "index.html", flush=True)
@@ -227,11 +230,11 @@ def page(stem, profile, card, **parts):
     links = [(other, title) for other, (title, _) in NOTEBOOKS.items()]
     at = list(NOTEBOOKS).index(stem)
     parts |= {"before": links[max(at - 1, 0) : at], "after": links[at + 1 : at + 2]}
-    title, exhibit = NOTEBOOKS[stem]
-    return template("page").render(title=title, exhibit=exhibit, profile=profile, card=card, **parts)
+    title, exhibits = NOTEBOOKS[stem]
+    return template("page").render(title=title, exhibits=exhibits, profile=profile, card=card, **parts)
 
 
-def write_index(profile):
+def write_index(profile, seeds=None):
     """The index of the pages that are there; one that is not is written as "not built", so that every link leads on."""
     folder = results_folder(profile) / "report"
     cards = []
@@ -244,7 +247,8 @@ def write_index(profile):
         card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
         first_table = re.search(r"<table.*?</table>", content, re.DOTALL)
         cards.append({"stem": stem, "title": title, "image": thumbnail(content), "table": first_table, **card})
-    index = template("index").render(profile=profile, cards=cards)
+    score = claims.score(claims.judge(profile, seeds))
+    index = template("index").render(profile=profile, cards=cards, score=score)
     runs.write_atomically(folder / "index.html", index.encode())
 
 
@@ -264,15 +268,15 @@ def thumbnail(content, width=480):
 
 def provenance(stem, profile, seeds):
     """What a page's numbers rest on: [(label, text)] of its line, and the counts for its card, from its records."""
-    exhibit = NOTEBOOKS[stem][1]
-    if exhibit is None:
+    exhibits = NOTEBOOKS[stem][1]
+    if not exhibits:
         return [("profile", profile)], {}
-    grid = list(dict.fromkeys(EXHIBITS[exhibit].grid(profile, seeds)))
+    grid = list(dict.fromkeys(run for name in exhibits for run in EXHIBITS[name].grid(profile, seeds)))
     records = runs.ensure(grid, profile, train=False)
     origins = [record.result["provenance"] for record in records.values()]
     trained = sorted({origin["finished"][:10] for origin in origins})
     code = [origin["silalib"].get("commit", origin["silalib"]["code"]) for origin in origins]
-    data = [f"{DATASETS[r.dataset].title}, {o['train_images']} training images" for r, o in zip(records, origins)]
+    data = [f"{dataset(r.dataset).title}, {o['train_images']} training images" for r, o in zip(records, origins)]
     facts = [
         ("profile", profile),
         ("seeds", ", ".join(map(str, sorted({run.seed for run in grid})))),

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from .augment import AUGMENTATIONS
-from .data import DATASETS
+from .data import dataset
 from .errors import Stopped, UserError
 from .losses import LABELS, METHODS
-from .models import EXITS, MODELS, SMALLEST_IMAGE
+from .models import EXITS, MODELS, SMALLEST_IMAGE, STEMS
 from .paths import results_folder
 
 PROTOCOL = 1
@@ -44,6 +44,7 @@ class Run:
     method: str = "sila"
     seed: int = 0
     width: float = 1.0  # of every network
+    stem: str = "cifar"  # or "imagenet": the first layers of every network
     betas: tuple | None = None  # one weight per head, None for 1 each
     coupling: float = 1.0  # SiLa's coupling beside the independent terms
     epochs: int = 260
@@ -88,13 +89,13 @@ class Run:
 
     def _validate(self):
         for name, value, known in [
-            ("data set", self.dataset, DATASETS),
             ("method", self.method, METHODS),
             ("augmentation", self.augment, AUGMENTATIONS),
             *[("network", net, MODELS) for net in self.nets],
         ]:
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        height, width = dataset(self.dataset).image[1:]
         if not isinstance(self.nesterov, bool):
             raise UserError(f"nesterov must be True or False, not {self.nesterov!r}")
         if not self.nets:
@@ -124,11 +125,12 @@ class Run:
             raise UserError(f"betas {self.betas}: give finite weights that are not negative")
         if self.noise_images and not (self.noise_sigmas > 0 and self.noise_draws > 0):
             raise UserError("noise_sigmas and noise_draws must be above 0 where noise_images is")
-        height, width = DATASETS[self.dataset].image[1:]
         for net in self.nets:
             least = SMALLEST_IMAGE.get(net, 1)
             if min(height, width) < least:
                 raise UserError(f"{net} needs images of {least}x{least} or more; {self.dataset} has {height}x{width}")
+            if self.stem not in STEMS[net]:
+                raise UserError(f"{net} has no stem {self.stem!r}: choose from {', '.join(STEMS[net])}")
         if self.train_size is not None and self.train_size < self.batch_size:
             raise UserError(f"train_size {self.train_size} is below the batch size {self.batch_size}")
 
@@ -152,9 +154,9 @@ class Run:
 
     def network(self, slot):
         """A new network of one slot, with initial weights from torch's generator."""
-        spec = DATASETS[self.dataset]
+        spec = dataset(self.dataset)
         of_exits = {"blocks": self.blocks} if self.nets[slot] in EXITS else {}
-        return MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, **of_exits)
+        return MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
 
     @property
     def config(self):
@@ -262,6 +264,12 @@ def to_csv(rows):
 def to_npz(arrays):
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def to_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
     return buffer.getvalue()
 
 

@@ -5,8 +5,9 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
+from .data import dataset
 from .losses import LABELS
-from .models import NAMES
+from .models import MODELS, NAMES, count_macs, count_parameters
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
@@ -24,32 +25,127 @@ def interval(values):
 
 
 def reported(table):
-    """The paper's own numbers of "table1", "table2" or "table3" as a data frame; an empty cell is not printed."""
+    """The paper's own numbers of "table1", "table2" or "table3" as a data frame; an empty cell is not printed.
+
+    "networks" gives the documented sizes of the networks.
+    """
     return pd.read_csv(files("silalib") / "reported" / f"{table}.csv")
+
+
+def networks():
+    """Every network's parameters and forward MACs at its input size, counted, beside the documented figures.
+
+    A data frame of text; an empty cell is a figure that is not documented.
+    """
+    import torch
+
+    rows = []
+    for known in reported("networks").fillna("").to_dict("records"):
+        image = known["channels"], known["size"], known["size"]
+        with torch.device("meta"):
+            network = MODELS[known["network"]](known["classes"], known["channels"], known["width"], known["stem"])
+        rows.append(
+            {
+                "network": NAMES[known["network"]],
+                "stem": known["stem"],
+                "width": f"{known['width']:g}",
+                "classes": known["classes"],
+                "input": "x".join(map(str, image)),
+                "parameters": f"{count_parameters(network):,}",
+                "documented parameters": known["parameters"],
+                "million MACs": f"{count_macs(network, image) / 1e6:,.1f}",
+                "documented million MACs": known["million_macs"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def measured(grid, records, exhibit):
+    """One row per network row, metric and seed of what our records hold of "table1", "table2" or "table3".
+
+    The metrics are those that the paper prints, of the same data set where it has it. Columns: exhibit, dataset, pair,
+    method, net (1 or 2), network, metric, seed, value, run.
+    """
+    rows, paper = [], printed(exhibit)
+    for run in grid:
+        pair = "+".join(NAMES[net] for net in run.nets)
+        same = paper[paper["dataset"] == dataset(run.dataset).title]
+        metrics = (same if len(same) else paper)["metric"].unique()
+        for head, net in enumerate(run.nets if run in records else ()):
+            row = dict(exhibit=exhibit, dataset=run.dataset, pair=pair, method=run.method, net=head + 1)
+            row |= dict(network=NAMES[net], seed=run.seed, run=run)
+            numbers = records[run].heads[head]
+            rows += [row | {"metric": metric, "value": numbers[metric]} for metric in metrics]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def printed(exhibit):
+    """The paper's numbers of a table in the form of `measured`; its single number counts as seed 0 of no run."""
+    methods = {label: method for method, label in LABELS.items()}
+    rows = []
+    for line in reported(exhibit).to_dict("records"):
+        pair = line["net1"] if pd.isna(line["net2"]) else f"{line['net1']}+{line['net2']}"
+        row = dict(exhibit=exhibit, dataset=line["dataset"], pair=pair, method=methods[line["method"]])
+        row |= dict(net=int(line["net"][-1]), network=line["model"], seed=0, run=None)
+        rows += [row | {"metric": m, "value": line[m]} for m in METRICS if not pd.isna(line.get(m, np.nan))]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
+
+
+def gains(frame, method, over):
+    """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
+
+    IND is that of the same network alone; any other method that of the same network of the same pair. Paired by seed.
+    Adds the columns gain, run_over and net_over.
+    """
+    keys = ["exhibit", "dataset", "network", "metric", "seed"] + ([] if over == "ind" else ["pair", "net"])
+    baseline = frame[frame["method"] == over].drop_duplicates(keys)
+    baseline = baseline.assign(net_over=baseline["net"])[[*keys, "value", "run", "net_over"]]
+    merged = frame[frame["method"] == method].merge(baseline, on=keys, suffixes=("", "_over"))
+    sign = merged["metric"].map(lambda metric: -1.0 if metric == "nll" else 1.0)
+    return merged.assign(gain=sign * (merged["value"] - merged["value_over"]))
+
+
+def curves(grid, records, method, head=0, column="test_top1"):
+    """A column of the histories of a method's runs, as a data frame with a row per seed and a column per epoch."""
+    found = {run.seed: records[run].history for run in grid if run.method == method and run in records}
+    return pd.DataFrame({s: h[h["head"] == head].set_index("epoch")[column] for s, h in found.items()}).T
+
+
+def second_half(values):
+    """The mean of each row of `curves` over the second half of the epochs."""
+    return values.iloc[:, values.shape[1] // 2 :].mean(axis=1)
 
 
 def cells(grid, records, metrics, table=None):
     """One row per network row, metric and seed of a table: what our records hold and what the paper prints.
 
-    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: pair, method, net (1 or
-    2), network, metric, seed, value (NaN where there is no record), gain over IND of the same network and seed
-    (positive is better), paper, paper_gain.
+    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: dataset, pair, method,
+    net (1 or 2), network, metric, seed, value (NaN where there is no record), gain over IND of the same network, data
+    set and seed (positive is better), paper, paper_gain. A stand-in has the paper's first data set beside it.
     """
-    printed = _printed(table) if table else {}
-    alone = {(run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
+    keys = ["dataset", "pair", "method", "net", "metric"]
+    numbers = printed(table).set_index(keys)["value"].to_dict() if table else {}
+    titles = list(dict.fromkeys(key[0] for key in numbers))
+    alone = {(run.dataset, run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
     rows = []
     for run in grid:
+        title = dataset(run.dataset).title
+        beside = title if title in titles else next(iter(titles), None)
         pair = "+".join(NAMES[net] for net in run.nets)
         for head, net in enumerate(run.nets):
             for metric in metrics:
                 sign = -1 if metric == "nll" else 1
                 value = records[run].heads[head][metric] if run in records else np.nan
-                baseline = alone.get((net, run.seed))
-                paper = printed.get((pair, LABELS[run.method], head + 1, metric), np.nan)
-                paper_alone = printed.get((NAMES[net], LABELS["ind"], 1, metric), np.nan)
+                baseline = alone.get((run.dataset, net, run.seed))
+                paper = numbers.get((beside, pair, run.method, head + 1, metric), np.nan)
+                paper_alone = numbers.get((beside, NAMES[net], "ind", 1, metric), np.nan)
                 has_gain = run.method != "ind"
                 rows.append(
                     {
+                        "dataset": title,
                         "pair": pair,
                         "method": LABELS[run.method],
                         "net": head + 1,
@@ -65,20 +161,9 @@ def cells(grid, records, metrics, table=None):
     return pd.DataFrame(rows)
 
 
-def _printed(table):
-    frame = reported(table)
-    numbers = {}
-    for row in frame.to_dict("records"):
-        pair = row["net1"] if pd.isna(row["net2"]) else f"{row['net1']}+{row['net2']}"
-        for metric in METRICS:
-            if not pd.isna(row.get(metric, np.nan)):
-                numbers[pair, row["method"], int(row["net"][-1]), metric] = row[metric]
-    return numbers
-
-
 def over_seeds(frame):
     """`cells` summarised over seeds: mean and half-width of value and gain, n, and the paper's numbers."""
-    keys = ["pair", "method", "net", "network", "metric"]
+    keys = ["dataset", "pair", "method", "net", "network", "metric"]
     rows = []
     for key, group in frame.groupby(keys, sort=False):
         values, gains = group["value"].dropna(), group["gain"].dropna()
@@ -96,11 +181,41 @@ def score(frame, method, column="gain"):
     The mean gain is of top-1 over all network rows, with its interval over seeds (NaN for one, and for the paper).
     """
     chosen = frame[(frame["method"] == LABELS[method]) & frame[column].notna()]
-    by_cell = chosen.groupby(["pair", "net", "metric"])[column].mean()
+    by_cell = chosen.groupby(["dataset", "pair", "net", "metric"])[column].mean()
     top1 = chosen[chosen["metric"] == "top1"].groupby("seed")[column].mean()
     if column == "paper_gain":
         top1 = top1.iloc[:1]
     return int((by_cell > 0).sum()), len(by_cell), *interval(top1)
+
+
+def scores(frame, methods):
+    """A table to look at of `score` for each method: ours beside the paper's."""
+    rows = []
+    for method in methods:
+        row = {"method": LABELS[method]}
+        for whose, column in (("ours", "gain"), ("paper", "paper_gain")):
+            won, total, gain, half = score(frame, method, column)
+            row[f"cells won, {whose}"] = f"{won} of {total}" if total else "not run"
+            row[f"mean top-1 gain, {whose}"] = plus_minus(gain, half, signed=True) or "not run"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def verdicts(frame, methods):
+    """A line of Markdown for each method: whether its mean gain in top-1 can be told from zero over seeds."""
+    lines = []
+    for method in methods:
+        won, total, gain, half = score(frame, method)
+        if not total:
+            lines.append(f"- {LABELS[method]}: not run.")
+            continue
+        word = "above" if gain > half else "below" if gain < -half else "not told apart from"
+        interval = f": {word} IND by its interval over seeds." if half == half else "; one seed has no interval."
+        gain = plus_minus(gain, half, signed=True)
+        lines.append(
+            f"- {LABELS[method]} beats IND in {won} of {total} cells; its mean gain in top-1 is {gain} points{interval}"
+        )
+    return "\n".join(lines)
 
 
 def plus_minus(mean, half, digits=2, signed=False):

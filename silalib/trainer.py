@@ -19,15 +19,19 @@ import torch
 from torch import nn
 
 from . import data, early_exit, metrics, robustness
-from .augment import Normalise, crop_flip, epoch_plan, pad
+from .augment import Normalise, epoch_plan
+from .autoaugment import autoaugment
 from .errors import Stopped, UserError
 from .losses import METHODS
 from .models import EXITS, count_parameters
 from .paths import ROOT
 from .randomness import derive
 from .runs import PROTOCOL, to_csv, to_npz, write_atomically, write_record
+from .stream import TrainingBatches, in_batches
 
 EVAL_BATCH = 500
+EVAL_PIXELS = EVAL_BATCH * 64 * 64
+"""Evaluation batches of larger images have fewer: 64 channels of a 3x3-stem network are then 0.5 GB in float32."""
 CHECKPOINT_SECONDS = 60
 REPORT_SECONDS = 2
 PROBE_SECONDS = 5
@@ -63,6 +67,12 @@ def precision(net, width, device):
         units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     pays = device.type == "cuda" or (net.startswith(("resnet", "vgg", "msdnet")) and width >= 0.25)
     return torch.bfloat16 if units and pays else torch.float32
+
+
+def evaluation_batch(run, shape):
+    """Images (n, H, W, C) of `shape` that are evaluated at once: 500, or fewer large ones, but never below a training
+    batch, which takes more memory."""
+    return min(EVAL_BATCH, max(run.batch_size, EVAL_PIXELS // (shape[1] * shape[2])))
 
 
 def pick_device(name):
@@ -101,7 +111,8 @@ class Training:
         self.stop, self.progress, self.hurry = stop, progress, hurry
         self.splits, self.data_checksum = data.splits(run, device)
         self.target = self.splits["train"].labels
-        self.padded = pad(self.splits["train"].images, run.augment)
+        self.batches = TrainingBatches(self.splits["train"].images, run.augment)
+        self.eval_batch = evaluation_batch(run, self.splits["test"].images.shape)
         self.normalise = Normalise(*data.normalisation(self.splits["train"])).to(device)
         self.nets = [build(run, slot).to(device, memory_format=torch.channels_last) for slot in range(len(run.nets))]
         self.dropout = [any(isinstance(m, nn.Dropout) for m in net.modules()) for net in self.nets]
@@ -134,6 +145,8 @@ class Training:
             epoch, i = divmod(self.step, self.steps_per_epoch)
             if i == 0 or self.step == first:
                 plan = epoch_plan(self.run, epoch, len(self.target), self.device)
+                used = slice(i * self.run.batch_size, self.steps_per_epoch * self.run.batch_size)
+                self.batches.begin(plan[0][used], self.run.batch_size)
                 epoch_started = time.monotonic()
             batch = slice(i * self.run.batch_size, (i + 1) * self.run.batch_size)
             self.one_step(*(part[batch] for part in plan))
@@ -145,9 +158,11 @@ class Training:
             self.pause(first, started)
         return self.write()
 
-    def one_step(self, index, offset, flip):
+    def one_step(self, index, offset, flip, *choices):
         """Equation 10 on one batch: forward of every network, one loss, one backward, one update."""
-        images = crop_flip(self.padded, index, offset, flip, data.DATASETS[self.run.dataset].image[1:])
+        images = self.batches.crop_flip(index, offset, flip)
+        if choices:
+            images = autoaugment(images, *choices)
         target = self.target[index]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run, self.step, self.steps_per_epoch)
@@ -197,7 +212,7 @@ class Training:
     @torch.no_grad()
     def predict(self, images, slots=None):
         """float32 logits (n, N) of every head, in evaluation mode."""
-        batches = [self.forward(images[i : i + EVAL_BATCH], slots=slots) for i in range(0, len(images), EVAL_BATCH)]
+        batches = [self.forward(batch, slots=slots) for batch in in_batches(images, self.eval_batch)]
         return [torch.cat(head) for head in zip(*batches)]
 
     # -- interruption
@@ -268,7 +283,7 @@ class Training:
         self.save()  # what follows can take minutes, and is stopped between its parts
         began = time.monotonic()
         run, train, test = self.run, self.splits["train"], self.splits["test"]
-        image = data.DATASETS[run.dataset].image
+        image = data.dataset(run.dataset).image
         self.report(final="final evaluations")
         logits = self.predict(test.images)
         clean = [metrics.summary(z, train.labels) for z in self.predict(train.images)]
@@ -285,7 +300,7 @@ class Training:
                 | {f"train_{k}": v for k, v in clean[head].items()}
                 | {"parameters": count_parameters(net), "macs": costs[head]}
             )
-            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels, exact=run.holdout > 0).items()}
+            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels).items()}
         if run.nets[0] in EXITS:
             for values, macs in zip(heads, early_exit.exit_costs(self.nets[0], image, budgeted=True)):
                 values["macs_budgeted"] = macs
@@ -308,7 +323,7 @@ class Training:
         held = self.splits["holdout"]
         arrays = {"calibration_labels": held.labels.cpu().short().numpy()}
         for head, z in enumerate(self.predict(held.images)):
-            kept = per_image(z, held.labels, exact=True)
+            kept = per_image(z, held.labels)
             arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
         return arrays
 
@@ -320,11 +335,11 @@ class Training:
         for head, net in enumerate(self.nets):
             net.eval()
             for name, split in subset.items():
-                images, labels = split.images[:10000], split.labels[:10000]
+                labels = split.labels[:10000]
                 f = torch.cat(
                     [
-                        net.embed(self.normalise(images[i : i + EVAL_BATCH].permute(0, 3, 1, 2))).float()
-                        for i in range(0, len(images), EVAL_BATCH)
+                        net.embed(self.normalise(images.permute(0, 3, 1, 2))).float()
+                        for images in in_batches(split.images, self.eval_batch, 10000)
                     ]
                 )
                 arrays[f"{name}_{head}"] = f.cpu().half().numpy()
@@ -432,16 +447,16 @@ def statistics(logits, gradients, target):
     return torch.stack([torch.stack([v.double().mean() for v in row]) for row in rows])
 
 
-def per_image(logits, target, exact=False):
+def per_image(logits, target):
     """What test.npz keeps of one head: enough for calibration, comparison by image and the free energies.
 
-    exact: the confidence in float32; in half precision confident images tie, and thresholds cannot tell them apart.
+    The confidence is float32: in half precision confident images tie, and thresholds cannot tell them apart.
     """
     log_p = logits.log_softmax(1)
     largest, predicted = log_p.max(1)
     arrays = {
         "log_probability": log_p.gather(1, target[:, None])[:, 0].half(),
-        "confidence": largest.exp() if exact else largest.exp().half(),
+        "confidence": largest.exp(),
         "predicted": predicted.short(),
         "top5": metrics.in_top_k(logits, target, 5),
         "s": logits.logsumexp(1).half(),

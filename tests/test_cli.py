@@ -95,7 +95,9 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert main([*arguments, "--budget", "0.01s"]) == 75
     assert "stopped with 2 of 2 runs left; start again to go on" in capsys.readouterr().err
     assert main(["status", "tiny"]) == 0
-    assert capsys.readouterr().out.splitlines()[2].split() == ["tiny", "-", "-", "-", "2", "-", "-"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "profile quick; claims: 8 not run"
+    assert lines[2].split() == ["tiny", "-", "-", "-", "2", "-", "-"]
     assert main(arguments) == 0
     assert main(["status", "tiny"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["tiny", "2", "-", "-", "-", "-", "-"]

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from silalib.losses import METHODS
-from silalib.models import EXITS, MODELS, NAMES, count_macs, count_parameters
+from silalib.models import EXITS, MODELS, NAMES, STEMS, count_macs, count_parameters
 
 ONE_HEAD = [name for name in MODELS if name not in EXITS]
 """MSDNet's exits are tested in test_msdnet.py."""
@@ -31,8 +32,12 @@ PUBLISHED = {
     "vgg13": Published(28_703_140, 248),
     "vgg19": Published(39_327_652, 417),
     "mobilenet": Published(3_309_476, 46),
+    "wrn16_10": Published(17_174_324, 2412),
+    "densenet121": Published(7_048_676, 888),
 }
-"""At 100 classes and 3x32x32."""
+"""At 100 classes and 3x32x32. WRN-16-10: 17,116,634 at 10 classes (Zagoruyko & Komodakis) and 90 more outputs of 641
+weights. DenseNet121: torchvision's 7,978,856 with 900 fewer outputs of 1,025 weights and a stem of 27 instead of 147
+weights in each of 64 filters."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -40,6 +45,21 @@ def test_size(name):
     network = on_meta(name)
     assert count_parameters(network) == PUBLISHED[name].parameters
     assert round(count_macs(network, (3, 32, 32)) / 1e6) == PUBLISHED[name].million_macs
+
+
+@pytest.mark.parametrize("name, million_macs", [("resnet18", 1814), ("resnet34", 3663)])
+def test_size_with_the_imagenet_stem(name, million_macs):
+    """torchvision publishes 1.814 and 3.664 GMACs at 1000 classes; 900 fewer outputs save half a million."""
+    network = on_meta(name, stem="imagenet")
+    assert count_parameters(network) == PUBLISHED[name].parameters + 64 * 3 * (49 - 9)
+    assert round(count_macs(network, (3, 224, 224)) / 1e6) == million_macs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stem_a_network_does_not_have_is_refused(name):
+    for stem in {"cifar", "imagenet", "other"} - set(STEMS[name]):
+        with pytest.raises(ValueError, match=f"no stem '{stem}'"):
+            on_meta(name, stem=stem)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,6 +124,50 @@ def test_resnet_is_torchvisions_with_another_stem(name):
     theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
     theirs.maxpool = nn.Identity()
     assert_same_logits(MODELS[name](10), theirs, size=16)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_resnet_with_the_imagenet_stem_is_torchvisions(name):
+    from silalib._torchvision import torchvision
+
+    theirs = getattr(torchvision.models, name)(num_classes=10)
+    assert_same_logits(MODELS[name](10, stem="imagenet"), theirs, size=64)
+
+
+def test_densenet_is_torchvisions_with_another_stem():
+    from silalib._torchvision import torchvision
+
+    theirs = torchvision.models.densenet121(num_classes=10)
+    theirs.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.features.pool0 = nn.Identity()
+    assert_same_logits(MODELS["densenet121"](10), theirs, size=16)
+
+
+def test_wrn_is_a_residual_network_with_preactivation():
+    """Its logits, written out from the weights with functions alone."""
+    torch.manual_seed(0)
+    network = vary(MODELS["wrn16_10"](10, 3, 0.125)).eval()
+    blocks = [m for m in network.features if hasattr(m, "conv1")]
+    assert [(b.conv1.stride[0], b.shortcut is not None) for b in blocks] == [
+        (1, True), (1, False), (2, True), (1, False), (2, True), (1, False),
+    ]  # fmt: skip
+    assert not any(m.bias is not None for m in network.modules() if isinstance(m, nn.Conv2d))
+
+    def active(norm, x):
+        x = (x - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
+        return (x * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        x = F.conv2d(images, network.features[0].weight, padding=1)
+        for block in blocks:
+            a = active(block.bn1, x)
+            inner = F.conv2d(a, block.conv1.weight, stride=block.conv1.stride, padding=1)
+            inner = F.conv2d(active(block.bn2, inner), block.conv2.weight, padding=1)
+            wide = x if block.shortcut is None else F.conv2d(a, block.shortcut.weight, stride=block.shortcut.stride)
+            x = inner + wide
+        logits = active(network.features[-2], x).mean((2, 3)) @ network.fc.weight.T + network.fc.bias
+        torch.testing.assert_close(network(images), logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vgg13", "vgg19"])

@@ -120,7 +120,7 @@ def test_a_stem_that_is_not_its_own_is_refused():
         ("msdnet_imagenet", "imagenet", "cifar"),
     ]:
         on_meta(name, stem=own)
-        with pytest.raises(ValueError, match=f"{name} has the stem '{own}' alone, not '{other}'"):
+        with pytest.raises(ValueError, match=f"no stem '{other}' for this network: choose from {own}"):
             MODELS[name](10, stem=other)
 
 

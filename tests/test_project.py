@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 
+from silalib import summary
 from silalib.experiments import EXHIBITS
 from silalib.paths import ROOT
 
@@ -37,6 +38,27 @@ def test_links_resolve(path):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
+
+
+def test_the_networks_page_is_what_the_code_counts():
+    lines = [line for line in (ROOT / "docs" / "networks.md").read_text().splitlines() if line.startswith("| ")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    counted = summary.networks()
+    assert header == list(counted.columns)
+    assert rows == counted.astype(str).values.tolist()
+
+
+def test_documented_sizes_of_networks():
+    for row in summary.networks().to_dict("records"):
+        parameters, macs = row["documented parameters"], row["documented million MACs"]
+        if parameters.startswith("about"):
+            millions = parameters.split()[1]
+            digits = len(millions.split(".")[1])
+            assert abs(int(row["parameters"].replace(",", "")) / 1e6 - float(millions)) < 10**-digits
+        elif parameters:
+            assert row["parameters"] == parameters
+        if macs:
+            assert abs(float(row["million MACs"].replace(",", "")) - float(macs.replace(",", ""))) < 1
 
 
 def test_environment_installs_what_pyproject_says():

@@ -35,10 +35,11 @@ def test_key_is_readable_and_stable():
 
 OTHER = {
     "dataset": "cifar10",
-    "nets": ("resnet18", "mobilenet"),
+    "nets": ("resnet18", "resnet34"),
     "method": "dml",
     "seed": 1,
     "width": 0.5,
+    "stem": "imagenet",
     "betas": (1.0, 2.0),
     "coupling": 0.5,
     "epochs": 10,
@@ -61,7 +62,7 @@ OTHER = {
 }
 """Another value of each field."""
 
-MSDNET = {"nets": ("msdnet_anytime",), "noise_images": 0, "hessian_images": 0}
+MSDNET = {"nets": ("msdnet_imagenet",), "stem": "imagenet", "noise_images": 0, "hessian_images": 0}
 """What blocks needs beside it."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from silalib import summary
-from silalib.experiments import table1
+from silalib.experiments import table1, table3
 
 
 def made_up(grid, value):
@@ -61,6 +61,46 @@ def test_the_papers_numbers_stand_beside_ours():
     assert rows.loc[("MobileNet+ResNet18", "SiLa+DML", 2, "top1"), "paper_gain"] == pytest.approx(0.43)
     assert np.isnan(rows.loc[("ResNet18+ResNet18", "SiLa", 2, "top1"), "paper"])  # not in our copy of the table
     assert rows["mean"].isna().all() and (rows["n"] == 0).all()
+
+
+def test_table3_has_two_data_sets():
+    grid = table3("paper", [0])
+    records = made_up(grid, lambda run, head: 50.0 + (run.dataset == "cifar100") * (run.method == "sila"))
+    cells = summary.cells(grid, records, ("top1",), "table3")
+    rows = summary.over_seeds(cells).set_index(["dataset", "pair", "method", "net"]).sort_index()
+    # printed: VGG19 alone 94.55 and 73.82, Net1 with SiLa 94.77 and 74.12
+    for dataset, gain, paper, paper_gain in [("CIFAR-10", 0, 94.77, 0.22), ("CIFAR-100", 1, 74.12, 0.3)]:
+        row = rows.loc[(dataset, "VGG19+VGG19", "SiLa", 1)]
+        assert (row["gain"], row["paper"]) == (gain, paper)
+        assert row["paper_gain"] == pytest.approx(paper_gain)
+    assert summary.score(cells, "sila")[:3] == (10, 20, 0.5)
+    # each printed row has two numbers: top-1, and top-2 or top-5
+    printed = summary.reported("table3")
+    rows = (printed["method"] == "SiLa").sum()
+    both = summary.cells(grid, {}, ("top1", "top2", "top5"), "table3")
+    assert summary.score(both, "sila", "paper_gain")[1] == 2 * rows
+
+
+def test_a_stand_in_has_the_papers_first_data_set_beside_it():
+    cells = summary.cells(table3("quick", [0]), {}, ("top1",), "table3").set_index(["pair", "method", "net"])
+    assert cells.loc[("VGG19", "IND", 1), "paper"] == 94.55
+    assert set(cells["dataset"]) == {"digits (8x8, enlarged)"}
+
+
+def test_verdicts_by_hand():
+    grid = table3("paper", [0, 1, 2])
+    better = made_up(grid, lambda run, head: 50.0 + (run.method == "sila") * (1 + run.seed / 10))
+    cells = summary.cells(grid, better, ("top1",), "table3")
+    (line,) = summary.verdicts(cells, ("sila",)).splitlines()
+    assert "SiLa beats IND in 20 of 20 cells" in line and "+1.10 ± 0.25" in line  # 4.3027 * 0.1 / sqrt(3)
+    assert "above IND by its interval" in line
+    even = made_up(grid, lambda run, head: 50.0 + (run.method == "sila") * (run.seed - 1))
+    assert "not told apart from IND" in summary.verdicts(summary.cells(grid, even, ("top1",), "table3"), ("sila",))
+    one = [run for run in grid if run.seed == 0]
+    assert "one seed has no interval" in summary.verdicts(summary.cells(one, better, ("top1",), "table3"), ("sila",))
+    assert summary.verdicts(summary.cells(grid, {}, ("top1",), "table3"), ("sila",)) == "- SiLa: not run."
+    table = summary.scores(cells, ("sila",)).iloc[0]
+    assert table["cells won, ours"] == "20 of 20" and table["mean top-1 gain, ours"] == "+1.10 ± 0.25"
 
 
 def test_score_of_the_printed_table():

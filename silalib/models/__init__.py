@@ -1,6 +1,7 @@
-"""The networks of the paper. MODELS: name -> factory(num_classes, in_channels=3, width=1.0).
+"""The networks of the paper. MODELS: name -> factory(num_classes, in_channels=3, width=1.0, stem="cifar").
 
-`width` scales every layer's channels (and VGG's 4096 units); 1 is the published network.
+`width` scales every layer's channels (and VGG's 4096 units); 1 is the published network. `stem` "imagenet" gives the
+ResNets the first layers for large images; a network without such a stem raises ValueError.
 """
 
 from math import prod
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from .convnet import convnet12
+from .densenet import densenet121
 from .mobilenet import mobilenet
 from .msdnet import BLOCKS, msdnet_anytime, msdnet_budgeted, msdnet_imagenet
 from .resnet import resnet18, resnet34
 from .vgg import vgg13, vgg19
+from .wrn import wrn16_10
 
 MODELS = {
     "mobilenet": mobilenet,
@@ -20,6 +23,8 @@ MODELS = {
     "resnet34": resnet34,
     "vgg13": vgg13,
     "vgg19": vgg19,
+    "wrn16_10": wrn16_10,
+    "densenet121": densenet121,
     "convnet12": convnet12,
     "msdnet_anytime": msdnet_anytime,
     "msdnet_budgeted": msdnet_budgeted,
@@ -32,12 +37,18 @@ NAMES = {
     "resnet34": "ResNet34",
     "vgg13": "VGG13",
     "vgg19": "VGG19",
+    "wrn16_10": "WRN-16-10",
+    "densenet121": "DenseNet121",
     "convnet12": "12-layer ConvNet",
     "msdnet_anytime": "MSDNet (anytime)",
     "msdnet_budgeted": "MSDNet (budgeted)",
     "msdnet_imagenet": "MSDNet (ImageNet)",
 }
 """Network name -> the paper's spelling."""
+
+STEMS = dict.fromkeys(MODELS, ("cifar",))
+STEMS |= dict.fromkeys(("resnet18", "resnet34"), ("cifar", "imagenet")) | {"msdnet_imagenet": ("imagenet",)}
+"""Network -> the stems it has."""
 
 EXITS = {name: len(layers) for name, layers in BLOCKS.items()}
 """Network -> the number of its exits, where it has more than one; it gives a tuple of logits then."""

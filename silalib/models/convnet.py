@@ -6,7 +6,7 @@ with BatchNorm and ReLU, a 2x2 max-pool after the first three groups.
 
 from torch import nn
 
-from .layers import ClassLayer
+from .layers import ClassLayer, check_stem
 
 
 class ConvNet12(nn.Module):
@@ -33,5 +33,6 @@ class ConvNet12(nn.Module):
         return self.fc(self.embed(x))
 
 
-def convnet12(num_classes, in_channels=1, width=1.0):
+def convnet12(num_classes, in_channels=1, width=1.0, stem="cifar"):
+    check_stem(stem)
     return ConvNet12(num_classes, in_channels, width)

@@ -15,3 +15,10 @@ class ClassLayer(nn.Linear):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
+
+
+def check_stem(stem, known=("cifar",)):
+    """`stem`, the name of a network's first layers. Raises ValueError where the network has no such stem."""
+    if stem not in known:
+        raise ValueError(f"no stem {stem!r} for this network: choose from {', '.join(known)}")
+    return stem

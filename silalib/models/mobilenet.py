@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .layers import ClassLayer
+from .layers import ClassLayer, check_stem
 
 # (channels, stride) of the thirteen depthwise-separable blocks
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)) + ((512, 1),) * 5 + ((1024, 2), (1024, 1))
@@ -32,5 +32,6 @@ def conv_bn_relu(inputs, channels, kernel, stride=1, groups=1):
     return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
 
 
-def mobilenet(num_classes, in_channels=3, width=1.0):
+def mobilenet(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    check_stem(stem)
     return MobileNet(num_classes, in_channels, width)

@@ -10,7 +10,7 @@ from math import ceil
 import torch
 from torch import nn
 
-from .layers import ClassLayer
+from .layers import ClassLayer, check_stem
 from .mobilenet import conv_bn_relu
 
 
@@ -145,8 +145,7 @@ def layers_of(name, blocks):
 
 def small(name, num_classes, in_channels, width, stem, blocks):
     """For 32x32 images: three scales."""
-    if stem != "cifar":
-        raise ValueError(f"{name} has the stem 'cifar' alone, not {stem!r}")
+    check_stem(stem)
     channels = max(1, round(16 * width))
     first = nn.Sequential(*conv_bn_relu(in_channels, channels, 3))
     growth, head = max(1, round(6 * width)), max(1, round(128 * width))
@@ -163,8 +162,7 @@ def msdnet_budgeted(num_classes, in_channels=3, width=1.0, stem="cifar", blocks=
 
 def msdnet_imagenet(num_classes, in_channels=3, width=1.0, stem="imagenet", blocks=None):
     """For 224x224 images: four scales behind a stem that divides the size by four."""
-    if stem != "imagenet":
-        raise ValueError(f"msdnet_imagenet has the stem 'imagenet' alone, not {stem!r}")
+    check_stem(stem, ("imagenet",))
     channels = max(1, round(32 * width))
     first = nn.Sequential(
         nn.Conv2d(in_channels, channels, 7, 2, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, 1)

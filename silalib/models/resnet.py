@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .layers import ClassLayer
+from . import layers
 
 
 class BasicBlock(nn.Module):
@@ -26,33 +26,40 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(B, in_channels, H, W) -> (B, num_classes). The stem is one 3x3 convolution with stride 1 and no pooling."""
+    """(B, in_channels, H, W) -> (B, num_classes).
 
-    def __init__(self, blocks, num_classes, in_channels, width):
+    stem: "cifar" is one 3x3 convolution with stride 1 and no pooling; "imagenet" a 7x7 one with stride 2 and a 3x3
+    max-pool with stride 2, for images of about 224x224.
+    """
+
+    def __init__(self, blocks, num_classes, in_channels, width, stem):
         super().__init__()
         channels = [max(1, round(c * width)) for c in (64, 128, 256, 512)]
-        self.conv1 = nn.Conv2d(in_channels, channels[0], 3, 1, 1, bias=False)
+        large = layers.check_stem(stem, ("cifar", "imagenet")) == "imagenet"
+        kernel, stride = (7, 2) if large else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, channels[0], kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         inputs = channels[0]
         for i, (c, n) in enumerate(zip(channels, blocks), 1):
             strides = [1 if i == 1 else 2] + [1] * (n - 1)
             stage = [BasicBlock(inputs if j == 0 else c, c, s) for j, s in enumerate(strides)]
             setattr(self, f"layer{i}", nn.Sequential(*stage))
             inputs = c
-        self.fc = ClassLayer(inputs, num_classes)
+        self.fc = layers.ClassLayer(inputs, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
 
 
-def resnet18(num_classes, in_channels=3, width=1.0):
-    return ResNet((2, 2, 2, 2), num_classes, in_channels, width)
+def resnet18(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    return ResNet((2, 2, 2, 2), num_classes, in_channels, width, stem)
 
 
-def resnet34(num_classes, in_channels=3, width=1.0):
-    return ResNet((3, 4, 6, 3), num_classes, in_channels, width)
+def resnet34(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    return ResNet((3, 4, 6, 3), num_classes, in_channels, width, stem)

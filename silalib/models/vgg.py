@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .layers import ClassLayer
+from .layers import ClassLayer, check_stem
 
 CONVOLUTIONS = {13: (2, 2, 2, 2, 2), 19: (2, 2, 4, 4, 4)}
 
@@ -38,9 +38,11 @@ class VGG(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def vgg13(num_classes, in_channels=3, width=1.0):
+def vgg13(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    check_stem(stem)
     return VGG(13, num_classes, in_channels, width)
 
 
-def vgg19(num_classes, in_channels=3, width=1.0):
+def vgg19(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    check_stem(stem)
     return VGG(19, num_classes, in_channels, width)
