@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -176,7 +177,9 @@ def _prepared(name):
         raise MissingData(
             f"{error}: python -m silalib data {name} --from DIR makes it of the images below DIR, see data/README.md"
         ) from None
-    pixels = [torch.from_numpy(array).permute(0, 3, 1, 2) for array in (train, test)]
+    with warnings.catch_warnings():  # torch would rather have arrays that may be written, which these must not be
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        pixels = [torch.from_numpy(array).permute(0, 3, 1, 2) for array in (train, test)]
     labels = [torch.from_numpy(array) for array in (train_labels, test_labels)]
     return Images(pixels[0], labels[0], pixels[1], labels[1], checksum, mapped=True)
 

@@ -114,7 +114,7 @@ def evaluate(confidence, correct, limits, costs):
     exits = leaves_at(confidence, limits)
     shares = np.bincount(exits, minlength=len(costs)) / len(exits)
     hits = correct[exits, np.arange(len(exits))]
-    return {"top1": 100 * hits.mean(), "macs": shares @ np.asarray(costs, float), "shares": shares}
+    return {"top1": 100 * float(hits.mean()), "macs": float(shares @ np.asarray(costs, float)), "shares": shares}
 
 
 def kept(record, split):

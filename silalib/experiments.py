@@ -172,30 +172,6 @@ def fig6(profile="quick", seeds=None):
     return runs
 
 
-def fig7(profile="quick", seeds=None):
-    """Figure 7: Table 1's ResNet18, independent and with each method."""
-    runs = table1(profile, seeds_for("fig7", profile, seeds))
-    return [run for run in runs if set(run.nets) == {"resnet18"}]
-
-
-COUPLINGS = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""Weights of SiLa's coupling: 0 is independent training, 1 is SiLa."""
-
-
-def coupling(profile="quick", seeds=None):
-    """Not in the paper: Figure 3's runs beside ResNet18 with other couplings, with a zero peer, and IND twice as long.
-
-    The last, and the pair at coupling 0, which is two independent networks, cost as much training as SiLa.
-    """
-    runs = fig3(profile, seeds_for("coupling", profile, seeds))
-    for ind in [run for run in runs if run.method == "ind"]:
-        plain = cifar_run(profile, ind.nets, method="ind", seed=ind.seed)
-        runs += [replace(plain, nets=ind.nets * 2, method="sila", coupling=c) for c in COUPLINGS if c != 1]
-        runs.append(replace(plain, method="zero-peer"))
-        runs.append(replace(plain, epochs=2 * ind.epochs, milestones=[2 * m for m in ind.milestones]))
-    return runs
-
-
 def fig4(profile="quick", seeds=None):
     """Figure 4: the MSDNet for budgeted batch classification, IND and SiLa, with images held out for its thresholds."""
     return exits_grid("fig4", profile, seeds, "msdnet_budgeted", fewer=3, holdout=5000)
@@ -233,6 +209,30 @@ def exits_grid(exhibit, profile, seeds, net, fewer, holdout):
             ]
     seeds = seeds_for(exhibit, profile, seeds)
     return [replace(base, seed=seed, method=m) for base in bases for seed in seeds for m in ("ind", "sila")]
+
+
+def fig7(profile="quick", seeds=None):
+    """Figure 7: Table 1's ResNet18, independent and with each method."""
+    runs = table1(profile, seeds_for("fig7", profile, seeds))
+    return [run for run in runs if set(run.nets) == {"resnet18"}]
+
+
+COUPLINGS = (0.0, 0.5, 1.0, 2.0, 4.0)
+"""Weights of SiLa's coupling: 0 is independent training, 1 is SiLa."""
+
+
+def coupling(profile="quick", seeds=None):
+    """Not in the paper: Figure 3's runs beside ResNet18 with other couplings, with a zero peer, and IND twice as long.
+
+    The last, and the pair at coupling 0, which is two independent networks, cost as much training as SiLa.
+    """
+    runs = fig3(profile, seeds_for("coupling", profile, seeds))
+    for ind in [run for run in runs if run.method == "ind"]:
+        plain = cifar_run(profile, ind.nets, method="ind", seed=ind.seed)
+        runs += [replace(plain, nets=ind.nets * 2, method="sila", coupling=c) for c in COUPLINGS if c != 1]
+        runs.append(replace(plain, method="zero-peer"))
+        runs.append(replace(plain, epochs=2 * ind.epochs, milestones=[2 * m for m in ind.milestones]))
+    return runs
 
 
 @dataclass(frozen=True)

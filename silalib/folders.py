@@ -243,13 +243,16 @@ def prepare(source, folder, title, size, square=None, first=None, skip_broken=Fa
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            if not (folder / "dataset.json").exists():
+            complete = (folder / "dataset.json").exists()
+            if not complete:
                 _decode_tree(tree, source, folder, title, plan, skip_broken, workers)
-                return describe(folder)
+            (folder / "journal.jsonl").unlink(missing_ok=True)
     except Timeout:
         raise UserError(f"another process is preparing {folder}") from None
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror or error}); start again to go on") from None
+    if not complete:
+        return describe(folder)
     if describe(folder)["plan"] != plan:
         raise UserError(f"{folder} was prepared from other files or at another size: delete it, or take another name")
     return verify(folder)
@@ -277,7 +280,6 @@ def _decode_tree(tree, source, folder, title, plan, skip_broken, workers):
             raise UserError(f"{source} has no image that can be decoded in train/ or in val/")
         note(journal, {"skipped": skipped})
     _finish(tree, folder, title, plan, skipped)
-    journal.unlink()
 
 
 def _decode_missing(tree, source, folder, title, plan, finished, workers):
@@ -428,8 +430,7 @@ def open_arrays(folder):
     arrays = []
     try:
         for name in FILES:
-            # copy-on-write, since torch wants arrays that may be written
-            arrays.append(np.load(folder / name, mmap_mode=None if "labels" in name else "c"))
+            arrays.append(np.load(folder / name, mmap_mode=None if "labels" in name else "r"))
             n = description["train" if name.startswith("train") else "test"]
             channels, height, width = description["image"]
             if arrays[-1].shape != ((n,) if "labels" in name else (n, height, width, channels)):

@@ -107,6 +107,18 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert {p: p.read_bytes() for p in results.rglob("result.json")} == before
 
 
+def test_data_that_must_be_prepared_count_as_success(one_exhibit, monkeypatch, tmp_path, capsys):
+    def grid(profile="quick", seeds=None):
+        return [*one_exhibit(profile, [0]), Run("imagenet100", "msdnet_imagenet", "sila", augment="flip")]
+
+    monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", grid, "00_tiny")})
+    assert main(["train", "tiny", "--workers", "1"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "2 of 3 runs are trained, 1 not run\n"
+    assert "1 of 3 runs not run: " in output.err
+
+
 def test_only_whole_starts_nothing_that_cannot_end(one_exhibit, monkeypatch):
     """A run that would take longer than the budget is given up soon after its first seconds."""
     from dataclasses import replace

@@ -97,6 +97,37 @@ def test_figure_3_trains_nothing_of_its_own():
         assert len(fig3(profile, [0, 1])) == 4
 
 
+MSDNETS = [(fig4, "msdnet_budgeted", 5, 5000), (fig5, "msdnet_anytime", 7, 0)]
+
+
+@pytest.mark.parametrize("exhibit, net, blocks, holdout", MSDNETS)
+def test_figures_4_and_5_are_the_papers(exhibit, net, blocks, holdout):
+    grid = exhibit("paper", [0])
+    for dataset, name, exits in (("cifar100", net, blocks), ("imagenet100", "msdnet_imagenet", 5)):
+        runs = [run for run in grid if run.dataset == dataset]
+        assert {(run.method, run.n_heads) for run in runs} == {
+            (method, n) for method in ("ind", "sila") for n in (exits, runs[-1].n_heads)
+        }
+        assert len(runs) == 4 and runs[-1].n_heads < exits  # the same with fewer blocks
+        for run in runs:
+            assert run.nets == (name,) and run.width == 1 and run.holdout == holdout and run.betas is None
+            assert (run.lr, run.gamma, run.warmup, run.weight_decay, run.nesterov) == (0.1, 0.1, 0, 1e-4, True)
+            schedule = (run.epochs, run.batch_size, run.milestones, run.augment)
+            assert (
+                schedule
+                == {
+                    "cifar100": (300, 64, (150, 255), "crop+flip"),
+                    "imagenet100": (90, 256, (30, 60), "flip"),
+                }[dataset]
+            )
+    assert len(grid) == 8
+    short = exhibit("short", [0])
+    assert [(run.epochs, run.milestones) for run in short[::4]] == [(30, (15, 25.5)), (9, (3, 6))]
+    assert {(run.dataset, run.train_size, run.epochs, run.milestones) for run in exhibit("small")} == {
+        ("cifar100", 10000, 8, (4, 6.8))
+    }
+
+
 def test_figure_7_is_resnet18_of_table_1():
     for profile in PROFILES:
         grid = fig7(profile, [0])
@@ -130,37 +161,6 @@ def test_coupling_shares_what_it_can_and_changes_one_thing(profile):
 def test_only_the_coupling_trains_what_the_paper_does_not():
     methods = {run.method for name, e in EXHIBITS.items() if name != "coupling" for run in e.grid("quick")}
     assert methods <= set(PAPER_METHODS)
-
-
-MSDNETS = [(fig4, "msdnet_budgeted", 5, 5000), (fig5, "msdnet_anytime", 7, 0)]
-
-
-@pytest.mark.parametrize("exhibit, net, blocks, holdout", MSDNETS)
-def test_figures_4_and_5_are_the_papers(exhibit, net, blocks, holdout):
-    grid = exhibit("paper", [0])
-    for dataset, name, exits in (("cifar100", net, blocks), ("imagenet100", "msdnet_imagenet", 5)):
-        runs = [run for run in grid if run.dataset == dataset]
-        assert {(run.method, run.n_heads) for run in runs} == {
-            (method, n) for method in ("ind", "sila") for n in (exits, runs[-1].n_heads)
-        }
-        assert len(runs) == 4 and runs[-1].n_heads < exits  # the same with fewer blocks
-        for run in runs:
-            assert run.nets == (name,) and run.width == 1 and run.holdout == holdout and run.betas is None
-            assert (run.lr, run.gamma, run.warmup, run.weight_decay, run.nesterov) == (0.1, 0.1, 0, 1e-4, True)
-            schedule = (run.epochs, run.batch_size, run.milestones, run.augment)
-            assert (
-                schedule
-                == {
-                    "cifar100": (300, 64, (150, 255), "crop+flip"),
-                    "imagenet100": (90, 256, (30, 60), "flip"),
-                }[dataset]
-            )
-    assert len(grid) == 8
-    short = exhibit("short", [0])
-    assert [(run.epochs, run.milestones) for run in short[::4]] == [(30, (15, 25.5)), (9, (3, 6))]
-    assert {(run.dataset, run.train_size, run.epochs, run.milestones) for run in exhibit("small")} == {
-        ("cifar100", 10000, 8, (4, 6.8))
-    }
 
 
 def test_milestones_scale_with_the_schedule():
