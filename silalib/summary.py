@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .data import dataset
-from .losses import LABELS
+from .losses import LABELS, PAPER_METHODS
 from .models import MODELS, NAMES, count_macs, count_parameters
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
@@ -30,6 +30,67 @@ def reported(table):
     "networks" gives the documented sizes of the networks.
     """
     return pd.read_csv(files("silalib") / "reported" / f"{table}.csv")
+
+
+COLUMNS = ["dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
+
+
+def measured(grid, records, metrics):
+    """One row per network row, metric and seed of a table's grid: what our records hold, NaN where there is none.
+
+    Columns: dataset (its title), pair, method, net (1 or 2), network, metric, seed, value, run.
+    """
+    rows = []
+    for run in grid:
+        same = dict(dataset=dataset(run.dataset).title, pair="+".join(NAMES[net] for net in run.nets))
+        same |= dict(method=run.method, seed=run.seed, run=run)
+        for head, net in enumerate(run.nets):
+            row = same | dict(net=head + 1, network=NAMES[net])
+            numbers = records[run].heads[head] if run in records else dict.fromkeys(metrics, np.nan)
+            rows += [row | dict(metric=metric, value=numbers[metric]) for metric in metrics]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def printed(table):
+    """The paper's numbers of a table in the form of `measured`; its single number counts as seed 0 of no run."""
+    methods = {label: method for method, label in LABELS.items()}
+    rows = []
+    for line in reported(table).to_dict("records"):
+        pair = line["net1"] if pd.isna(line["net2"]) else f"{line['net1']}+{line['net2']}"
+        row = dict(dataset=line["dataset"], pair=pair, method=methods[line["method"]], net=int(line["net"][-1]))
+        row |= dict(network=line["model"], seed=0, run=None)
+        rows += [row | dict(metric=m, value=line[m]) for m in METRICS if not pd.isna(line.get(m, np.nan))]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def gains(frame, method, over):
+    """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
+
+    IND is that of the same network alone; any other method that of the same network of the same pair. Paired by seed;
+    a row without both is left out. Adds the columns gain, run_over and net_over.
+    """
+    keys = ["dataset", "network", "metric", "seed"] + ([] if over == "ind" else ["pair", "net"])
+    found = frame[frame["value"].notna()]
+    baseline = found[found["method"] == over].assign(net_over=found["net"])[[*keys, "value", "run", "net_over"]]
+    merged = found[found["method"] == method].merge(baseline.drop_duplicates(keys), on=keys, suffixes=("", "_over"))
+    sign = merged["metric"].map(lambda metric: -1.0 if metric == "nll" else 1.0)
+    return merged.assign(gain=(sign * (merged["value"] - merged["value_over"])).astype(float))
+
+
+def in_the_paper(frame, paper):
+    """For each row of `measured` the data set that `printed` has beside it: its own, or the first for a stand-in."""
+    return frame["dataset"].where(frame["dataset"].isin(paper["dataset"]), paper["dataset"].iloc[0])
+
+
+def curves(grid, records, method, head=0, column="test_top1"):
+    """A column of the histories of a method's runs, as a data frame with a row per seed and a column per epoch."""
+    found = {run.seed: records[run].history for run in grid if run.method == method and run in records}
+    return pd.DataFrame({s: h[h["head"] == head].set_index("epoch")[column] for s, h in found.items()}).T
+
+
+def second_half(values):
+    """The mean of each row of `curves` over the second half of the epochs."""
+    return values.iloc[:, values.shape[1] // 2 :].mean(axis=1)
 
 
 def networks():
@@ -60,105 +121,30 @@ def networks():
     return pd.DataFrame(rows)
 
 
-def measured(grid, records, exhibit):
-    """One row per network row, metric and seed of what our records hold of "table1", "table2" or "table3".
-
-    The metrics are those that the paper prints, of the same data set where it has it. Columns: exhibit, dataset, pair,
-    method, net (1 or 2), network, metric, seed, value, run.
-    """
-    rows, paper = [], printed(exhibit)
-    for run in grid:
-        pair = "+".join(NAMES[net] for net in run.nets)
-        same = paper[paper["dataset"] == dataset(run.dataset).title]
-        metrics = (same if len(same) else paper)["metric"].unique()
-        for head, net in enumerate(run.nets if run in records else ()):
-            row = dict(exhibit=exhibit, dataset=run.dataset, pair=pair, method=run.method, net=head + 1)
-            row |= dict(network=NAMES[net], seed=run.seed, run=run)
-            numbers = records[run].heads[head]
-            rows += [row | {"metric": metric, "value": numbers[metric]} for metric in metrics]
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def printed(exhibit):
-    """The paper's numbers of a table in the form of `measured`; its single number counts as seed 0 of no run."""
-    methods = {label: method for method, label in LABELS.items()}
-    rows = []
-    for line in reported(exhibit).to_dict("records"):
-        pair = line["net1"] if pd.isna(line["net2"]) else f"{line['net1']}+{line['net2']}"
-        row = dict(exhibit=exhibit, dataset=line["dataset"], pair=pair, method=methods[line["method"]])
-        row |= dict(net=int(line["net"][-1]), network=line["model"], seed=0, run=None)
-        rows += [row | {"metric": m, "value": line[m]} for m in METRICS if not pd.isna(line.get(m, np.nan))]
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
-
-
-def gains(frame, method, over):
-    """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
-
-    IND is that of the same network alone; any other method that of the same network of the same pair. Paired by seed.
-    Adds the columns gain, run_over and net_over.
-    """
-    keys = ["exhibit", "dataset", "network", "metric", "seed"] + ([] if over == "ind" else ["pair", "net"])
-    baseline = frame[frame["method"] == over].drop_duplicates(keys)
-    baseline = baseline.assign(net_over=baseline["net"])[[*keys, "value", "run", "net_over"]]
-    merged = frame[frame["method"] == method].merge(baseline, on=keys, suffixes=("", "_over"))
-    sign = merged["metric"].map(lambda metric: -1.0 if metric == "nll" else 1.0)
-    return merged.assign(gain=sign * (merged["value"] - merged["value_over"]))
-
-
-def curves(grid, records, method, head=0, column="test_top1"):
-    """A column of the histories of a method's runs, as a data frame with a row per seed and a column per epoch."""
-    found = {run.seed: records[run].history for run in grid if run.method == method and run in records}
-    return pd.DataFrame({s: h[h["head"] == head].set_index("epoch")[column] for s, h in found.items()}).T
-
-
-def second_half(values):
-    """The mean of each row of `curves` over the second half of the epochs."""
-    return values.iloc[:, values.shape[1] // 2 :].mean(axis=1)
-
-
 def cells(grid, records, metrics, table=None):
-    """One row per network row, metric and seed of a table: what our records hold and what the paper prints.
+    """`measured` with gains, and the paper's numbers beside: a row per network row, metric and seed of a table.
 
-    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: dataset, pair, method,
-    net (1 or 2), network, metric, seed, value (NaN where there is no record), gain over IND of the same network, data
-    set and seed (positive is better), paper, paper_gain. A stand-in has the paper's first data set beside it.
+    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: dataset, pair, method (as
+    the paper spells it), net (1 or 2), network, metric, seed, value (NaN where there is no record), gain over IND of
+    the same network, data set and seed (positive is better), paper, paper_gain. A stand-in has the paper's first data
+    set beside it.
     """
-    keys = ["dataset", "pair", "method", "net", "metric"]
-    numbers = printed(table).set_index(keys)["value"].to_dict() if table else {}
-    titles = list(dict.fromkeys(key[0] for key in numbers))
-    alone = {(run.dataset, run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
-    rows = []
-    for run in grid:
-        title = dataset(run.dataset).title
-        beside = title if title in titles else next(iter(titles), None)
-        pair = "+".join(NAMES[net] for net in run.nets)
-        for head, net in enumerate(run.nets):
-            for metric in metrics:
-                sign = -1 if metric == "nll" else 1
-                value = records[run].heads[head][metric] if run in records else np.nan
-                baseline = alone.get((run.dataset, net, run.seed))
-                paper = numbers.get((beside, pair, run.method, head + 1, metric), np.nan)
-                paper_alone = numbers.get((beside, NAMES[net], "ind", 1, metric), np.nan)
-                has_gain = run.method != "ind"
-                rows.append(
-                    {
-                        "dataset": title,
-                        "pair": pair,
-                        "method": LABELS[run.method],
-                        "net": head + 1,
-                        "network": NAMES[net],
-                        "metric": metric,
-                        "seed": run.seed,
-                        "value": value,
-                        "gain": sign * (value - baseline.heads[0][metric]) if has_gain and baseline else np.nan,
-                        "paper": paper,
-                        "paper_gain": round(sign * (paper - paper_alone), 4) if has_gain else np.nan,
-                    }
-                )
-    return pd.DataFrame(rows)
+    keys = ["pair", "method", "net", "metric"]
+    frame = _with_gains(measured(grid, records, metrics))
+    if table:
+        paper = printed(table)
+        numbers = _with_gains(paper).rename(columns={"dataset": "beside", "value": "paper", "gain": "paper_gain"})
+        numbers = numbers[["beside", *keys, "paper", "paper_gain"]].round({"paper_gain": 4})
+        frame = frame.assign(beside=in_the_paper(frame, paper)).merge(numbers, "left", ["beside", *keys])
+    else:
+        frame = frame.assign(paper=np.nan, paper_gain=np.nan)
+    return frame.assign(method=frame["method"].map(LABELS)).drop(columns=["run", "beside"], errors="ignore")
+
+
+def _with_gains(frame):
+    keys = ["dataset", "pair", "method", "net", "metric", "seed"]
+    found = [gains(frame, method, "ind")[[*keys, "gain"]] for method in PAPER_METHODS[1:]]
+    return frame.merge(pd.concat(found).drop_duplicates(keys), "left", keys)
 
 
 def over_seeds(frame):

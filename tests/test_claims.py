@@ -236,6 +236,15 @@ def test_a_seed_in_progress_and_a_table_that_was_not_run():
     assert claim.note == "without table2, table3"
 
 
+def test_only_metrics_that_the_paper_prints_are_judged():
+    names = lambda number, dataset: {e.name for e in judged(number, GAINS["reproduced"], dataset).effects}
+    printed = {f"{metric}, SiLa over IND" for metric in ("Top-1", "Top-5", "BEST", "NLL")}
+    assert names(1, None) == names(1, "digits") == printed  # Table 1 has no top-2
+    # Table 3 has top-1 with top-2 on CIFAR-10 and with top-5 on CIFAR-100: ten networks, two metrics
+    for dataset in ("cifar10", "cifar100"):
+        assert judged(3, GAINS["reproduced"], dataset).total == 20
+
+
 def test_exits_of_another_cost_are_not_compared():
     found = made_up(5, GAINS["reproduced"])
     for run, record in found.records.items():

@@ -341,3 +341,12 @@ def test_at_costs_interpolates():
 
     curve = pd.DataFrame({"macs": [30.0, 10.0, 20.0], "top1": [90.0, 50.0, 80.0]})
     assert early_exit.at_costs(curve, [10, 15, 25, 30]).tolist() == [50, 65, 85, 90]
+
+
+def test_gain_at_equal_costs_by_hand():
+    """Both reach 20 to 30 only: there the first is at 60, 65 and 70, the other at 50, 60 and 70."""
+    import pandas as pd
+
+    curve = pd.DataFrame({"macs": [10, 30], "top1": [50, 70]})
+    baseline = pd.DataFrame({"macs": [40, 20], "top1": [90, 50]})
+    assert early_exit.gain_at_equal_costs(curve, baseline, 3).tolist() == [10, 5, 0]
