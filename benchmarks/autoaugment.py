@@ -15,7 +15,7 @@ import torch
 
 from silalib import data
 from silalib._torchvision import torchvision  # noqa: F401
-from silalib.augment import crop_flip, epoch_plan
+from silalib.augment import epoch_plan
 from silalib.autoaugment import autoaugment
 from silalib.runs import Run
 from silalib.trainer import Training, pick_device
@@ -61,7 +61,7 @@ def main():
     times = {"step": [], "ours": [], "theirs": []}
     for i in range(options.rounds + 2):  # the first two warm up
         index, offset, flip, *choices = (part[: run.batch_size] for part in epoch_plan(run, i, len(labels), device))
-        batch = crop_flip(training.padded, index, offset, flip, (32, 32))
+        batch = training.batches.crop_flip(index, offset, flip)
         single = list(batch.permute(0, 3, 1, 2).cpu().contiguous())
         measured = {"step": seconds(device, training.one_step, index, offset, flip)}
         for name in ("ours", "theirs") if i % 2 else ("theirs", "ours"):

@@ -129,8 +129,8 @@ class Run:
             least = SMALLEST_IMAGE.get(net, 1)
             if min(height, width) < least:
                 raise UserError(f"{net} needs images of {least}x{least} or more; {self.dataset} has {height}x{width}")
-            if self.stem not in STEMS[net]:
-                raise UserError(f"{net} has no stem {self.stem!r}: choose from {', '.join(STEMS[net])}")
+            if self.stem not in (stems := STEMS.get(net, ("cifar",))):
+                raise UserError(f"{net} has no stem {self.stem!r}: choose from {', '.join(stems)}")
         if self.train_size is not None and self.train_size < self.batch_size:
             raise UserError(f"train_size {self.train_size} is below the batch size {self.batch_size}")
 

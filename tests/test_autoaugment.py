@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from silalib import autoaugment, trainer
-from silalib.augment import crop_flip, epoch_plan
+from silalib.augment import epoch_plan
 from silalib.autoaugment import OPERATIONS, POLICY, apply, draw
 from silalib.errors import Stopped
 from silalib.runs import Run
@@ -211,7 +211,7 @@ def test_a_step_augments_what_crop_and_flip_left(augmented, tmp_path):
     state.forward = lambda images, **arguments: (seen.append(images), forward(images, **arguments))[1]
     index, offset, flip, *choices = (part[:32] for part in epoch_plan(augmented, 0, 64, CPU))
     state.one_step(index, offset, flip, *choices)
-    images = crop_flip(state.padded, index, offset, flip, (32, 32))
+    images = state.batches.crop_flip(index, offset, flip)
     expected = autoaugment.autoaugment(images, *choices)
     assert not torch.equal(expected, images)
     assert torch.equal(seen[0], expected)

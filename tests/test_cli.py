@@ -63,7 +63,7 @@ def test_wrong_usage_is_2(arguments, message, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["data", "cifar"], "unknown data set 'cifar': choose from digits, mnist, cifar10, cifar100"),
+        (["data", "cifar"], "unknown data set 'cifar': choose from digits, digits64, mnist,"),
         (["train", "table1", "--device", "tpu"], "unknown device 'tpu'"),
         (["train", "table1", "--device", "cuda:99"], "is not here"),
     ],
@@ -109,7 +109,10 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
 
 def test_data_that_must_be_prepared_count_as_success(one_exhibit, monkeypatch, tmp_path, capsys):
     def grid(profile="quick", seeds=None):
-        return [*one_exhibit(profile, [0]), Run("imagenet100", "msdnet_imagenet", "sila", augment="flip")]
+        return [
+            *one_exhibit(profile, [0]),
+            Run("imagenet100", "msdnet_imagenet", "sila", stem="imagenet", augment="flip"),
+        ]
 
     monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", grid, "00_tiny")})

@@ -16,6 +16,7 @@ from PIL import Image
 from silalib import data, experiments, folders, launch, trainer
 from silalib.__main__ import main
 from silalib.errors import MissingData, Stopped, UserError
+from silalib.models import MODELS, count_macs
 from silalib.paths import ROOT
 from silalib.runs import Run, ensure
 from silalib.stream import Streamed, in_batches
@@ -585,10 +586,12 @@ def test_damage_is_found(tree, data_folder, in_this_process, capsys):
         data.prepare("other", tree, 12)
 
 
-def test_what_is_not_prepared(data_folder, results):
+def test_what_is_not_prepared(data_folder, results, capsys):
     run = Run("imagenet100", ("convnet12",), "ind", width=0.0625, epochs=1)
     with pytest.raises(MissingData, match=r"python -m silalib data imagenet100 --from DIR"):
-        ensure([run])
+        data.load("imagenet100")
+    assert ensure([run]) == {}
+    assert "1 of 1 runs not run" in (error := capsys.readouterr().err) and "data imagenet100 --from DIR" in error
     with pytest.raises(UserError, match=r"unknown data set 'insects': choose from digits, .*, imagenet100$"):
         Run("insects")
 
@@ -615,7 +618,7 @@ def test_a_run_on_a_prepared_folder(leaves, results, capsys):
     assert len(record.history) == 4
     assert experiments.title("paper", "leaves") == "leaves, profile paper"
     with torch.device("meta"):
-        macs = 2 * trainer.count_macs(trainer.MODELS["convnet12"](3, 3, 0.125), (3, 16, 16))
+        macs = 2 * count_macs(MODELS["convnet12"](3, 3, 0.125), (3, 16, 16))
     assert launch.cost(run) == 2 * macs * (3 * 60 + 30)
 
 

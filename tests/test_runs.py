@@ -437,10 +437,12 @@ def test_missing_data_does_not_stop_the_others(tiny, tmp_path, monkeypatch, caps
 def test_data_that_must_be_prepared_are_not_run_and_no_failure(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
     here = tiny(nets=("convnet12",), method="ind", epochs=1)
-    elsewhere = [Run("imagenet100", "msdnet_imagenet", method, augment="flip") for method in ("ind", "sila")]
+    elsewhere = [
+        Run("imagenet100", "msdnet_imagenet", method, stem="imagenet", augment="flip") for method in ("ind", "sila")
+    ]
     assert list(ensure([*elsewhere, here], workers=1)) == [here]
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("2 of 3 runs not run: ") and "imagenet100 is missing" in line
+    assert line.startswith("2 of 3 runs not run: ") and "imagenet100 is not prepared" in line
     assert [state(run) for run in elsewhere] == ["pending"] * 2
 
 

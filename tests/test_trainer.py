@@ -94,7 +94,7 @@ def test_building_leaves_the_global_generator(tiny):
 # -- the loop
 
 
-def smooth_network(classes, channels, width):
+def smooth_network(classes, channels, width, stem):
     """Without ReLU or max-pool, where a rounding error could switch a unit and change a gradient by percents."""
     return torch.nn.Sequential(
         torch.nn.Conv2d(channels, 4, 3, stride=2, bias=False),
@@ -125,6 +125,8 @@ def plain_loss(method, logits, y, betas, coupling):
         if "sila" in method:
             siamese = F.cross_entropy(torch.cat(logits, 1), y + c * z.shape[1])
             alone = coupling * siamese + (1 - coupling) * alone
+        if method == "zero-peer":  # CE + 2 log(2 cosh(s / 2)), of one network without another
+            alone = alone + 2 * (2 * (z.logsumexp(1) / 2).cosh()).log().mean()
         total = total + beta * alone
         if "dml" in method:
             peers = [p for k, p in enumerate(logits) if k != c]
@@ -272,7 +274,7 @@ def test_training_leaves_the_global_generators(tiny, tmp_path):
 class Masked(torch.nn.Module):
     """A linear network that notes what its dropout keeps, in training and in evaluation."""
 
-    def __init__(self, classes, channels, width):
+    def __init__(self, classes, channels, width, stem):
         super().__init__()
         self.dropout, self.fc = torch.nn.Dropout(), torch.nn.Linear(channels * 32 * 32, classes)
 

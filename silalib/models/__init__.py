@@ -46,9 +46,12 @@ NAMES = {
 }
 """Network name -> the paper's spelling."""
 
-STEMS = dict.fromkeys(MODELS, ("cifar",))
-STEMS |= dict.fromkeys(("resnet18", "resnet34"), ("cifar", "imagenet")) | {"msdnet_imagenet": ("imagenet",)}
-"""Network -> the stems it has."""
+STEMS = {
+    "resnet18": ("cifar", "imagenet"),
+    "resnet34": ("cifar", "imagenet"),
+    "msdnet_imagenet": ("imagenet",),
+}
+"""Network -> the stems it has, where that is not "cifar" alone."""
 
 EXITS = {name: len(layers) for name, layers in BLOCKS.items()}
 """Network -> the number of its exits, where it has more than one; it gives a tuple of logits then."""
