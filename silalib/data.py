@@ -123,6 +123,17 @@ def dataset(name):
     )
 
 
+def known_checksum(name):
+    """The checksum that `load(name)` will have, known without reading its images, or None."""
+    spec = dataset(name)
+    if not spec.prepared:
+        return spec.sha256
+    try:
+        return folders.content_checksum(folders.describe(data_folder() / spec.folder))
+    except UserError:  # not on this machine, or damaged
+        return None
+
+
 def prepare(name, source, size=None, skip_broken=False, workers=None):
     """Make the data set `name` of the images below the folder `source`; see `folders.prepare`.
 
