@@ -6,6 +6,7 @@ _HOME = {
     "losses": ("METHODS", "SiameseLabelsLoss", "independent", "mutual_kl", "mutual_learning", "siamese_labels"),
     "models": ("MODELS",),
     "data": ("DATASETS",),
+    "early_exit": ("EarlyExit",),
     "runs": ("Run", "ensure", "load", "load_network"),
     "errors": ("UserError",),
 }

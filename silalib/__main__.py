@@ -142,6 +142,7 @@ def report(options):
 
 
 def status(options):
+    from . import claims
     from .launch import cost
     from .progress import duration
     from .runs import damage, failure, find, load, state
@@ -156,11 +157,11 @@ def status(options):
                 speeds.append(load(run).result["provenance"]["seconds"] / cost(run))
             elif label != "damaged":
                 left[run] = cost(run)
-            if label == "failed":
-                reasons[run] = f"failed: {failure(run)['error']} (--retry trains it again)"
+            if label == "failed" and (found := failure(run)):
+                reasons[run] = f"failed: {found['error']} (--retry trains it again)"
             elif label == "damaged":
                 reasons[run] = f"damaged: {damage(run)}"
-    print(f"profile {options.profile}")
+    print(f"profile {options.profile}; {claims.score(claims.judge(options.profile, options.seeds))}")
     print(f"{'':10}" + "".join(f"{label:>9}" for label in labels))
     for name, counts in rows:
         print(f"{name:10}" + "".join(f"{count or '-':>9}" for count in counts))

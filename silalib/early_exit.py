@@ -114,7 +114,7 @@ def evaluate(confidence, correct, limits, costs):
     exits = leaves_at(confidence, limits)
     shares = np.bincount(exits, minlength=len(costs)) / len(exits)
     hits = correct[exits, np.arange(len(exits))]
-    return {"top1": 100 * hits.mean(), "macs": shares @ np.asarray(costs, float), "shares": shares}
+    return {"top1": 100 * float(hits.mean()), "macs": float(shares @ np.asarray(costs, float)), "shares": shares}
 
 
 def kept(record, split):
@@ -152,6 +152,14 @@ def at_costs(curve, costs):
     """The top-1 (percent) of a curve (a data frame with macs and top1) at other costs, interpolated linearly."""
     ordered = curve.sort_values("macs")
     return np.interp(costs, ordered["macs"], ordered["top1"])
+
+
+def gain_at_equal_costs(curve, baseline, points=50):
+    """The gain in top-1 (points) of a curve over another, shape (points,), at equal costs that both reach."""
+    lowest = max(c["macs"].min() for c in (curve, baseline))
+    highest = min(c["macs"].max() for c in (curve, baseline))
+    costs = np.linspace(lowest, highest, points)
+    return at_costs(curve, costs) - at_costs(baseline, costs)
 
 
 # -- inference

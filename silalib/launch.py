@@ -65,7 +65,7 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
     for name, error in missing.items():
         if not data.dataset(name).prepared:
-            raise error
+            raise MissingData(f"{error}, or use --profile quick")
         rows = sum(run.dataset == name for run in pending)
         print(f"{rows} of {len(pending)} runs not run: {error}", file=sys.stderr, flush=True)
 
@@ -102,7 +102,7 @@ class Job:
         with runs.lock(folder, wait=lambda: not stop(), message=lambda text: tell(run=run, text=text)):
             damaged = runs.damage(run)  # of a record that another process may have written meanwhile
             if isinstance(damaged, Damaged):
-                tell(run=run, text=runs.set_aside(damaged))
+                tell(run=run, text=f"{runs.set_aside(damaged)}: the run is trained again")
             if runs.find(run) is None:
                 if (failure := runs.failure(run)) and not self.retry:
                     raise UserError(f"{run} failed before: {failure['error']}; --retry (retry=True) trains it again")

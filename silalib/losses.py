@@ -17,6 +17,8 @@ C terms and the concatenation of equation 9 is never built:
 Half-precision logits are computed in float32: in bfloat16 the gradient is off by several percent.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -81,16 +83,35 @@ def siamese_mutual_learning(logits, target, betas=None, coupling=1.0, reduction=
     return siamese_labels(logits, target, betas, coupling, reduction) + mutual_kl(logits, reduction=reduction)
 
 
+def zero_peer(logits, target, betas=None, reduction="mean"):
+    """A control that is not in the paper: every head has a constant peer instead of the other heads.
+
+    The peer's logits are all -log N, so its s is 0 and its own cross-entropy, taken off, is log N. What is left for
+    head c is CE(z_c, y) + 2 log(2 cosh(s_c / 2)): the coupling alone, without a second network. Arguments as in
+    `siamese_labels`.
+    """
+    logits = _checked(logits, target)
+    entropy = math.log(logits[0].shape[1])
+    alone = [siamese_labels([z, torch.full_like(z, -entropy)], target, reduction="none") - entropy for z in logits]
+    if betas is not None:
+        alone = [beta * loss for beta, loss in zip(betas, alone, strict=True)]
+    return _reduced(sum(alone), reduction)
+
+
 METHODS = {
     "ind": independent,
     "sila": siamese_labels,
     "dml": mutual_learning,
     "sila+dml": siamese_mutual_learning,
+    "zero-peer": zero_peer,
 }
-"""Method name -> loss(logits, target, betas=None, reduction="mean"), as in the rows of Tables 1 to 3."""
+"""Method name -> loss(logits, target, betas=None, reduction="mean")."""
 
-LABELS = {"ind": "IND", "sila": "SiLa", "dml": "DML", "sila+dml": "SiLa+DML"}
-"""Method name -> the paper's spelling, in the paper's order of rows."""
+LABELS = {"ind": "IND", "sila": "SiLa", "dml": "DML", "sila+dml": "SiLa+DML", "zero-peer": "zero peer"}
+"""Method name -> how it is called in tables and figures: the paper's methods as the paper spells them, then ours."""
+
+PAPER_METHODS = ("ind", "sila", "dml", "sila+dml")
+"""The rows of Tables 1 to 3, in the paper's order."""
 
 
 class SiameseLabelsLoss(torch.nn.Module):

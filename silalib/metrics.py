@@ -1,5 +1,6 @@
-"""Metrics of one head's logits (n, N) against targets (n,)."""
+"""Metrics of one head's logits (n, N) against targets (n,), and of what test.npz keeps of them (NumPy, shape (n,))."""
 
+import numpy as np
 import torch
 
 
@@ -23,3 +24,42 @@ def summary(logits, target):
     """NLL in nats, top-1, top-2 and top-5 accuracy in percent, as floats."""
     top = {f"top{k}": 100 * in_top_k(logits, target, k).double().mean().item() for k in (1, 2, 5)}
     return {"nll": cross_entropy(logits, target).double().mean().item(), **top}
+
+
+def reliability(confidence, correct, bins=15, mass=False):
+    """The reliability diagram: (mean confidence in percent, accuracy in percent, images) of each bin that holds any.
+
+    confidence: largest probability of each image; correct: whether its class is the truth. Bins of equal width over
+    [0, 1], closed on the right, or, with `mass`, of an equal number of images (up to one) in the order of confidence;
+    images of the same confidence then share their mean accuracy, so that the order of the images does not matter.
+    """
+    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    if mass:
+        order = np.argsort(confidence, kind="stable")
+        _, same, count = np.unique(confidence, return_inverse=True, return_counts=True)
+        correct = (np.bincount(same, correct) / count)[same]
+        groups = np.array_split(order, min(bins, len(order)))
+    else:
+        at = np.clip(np.ceil(confidence * bins) - 1, 0, bins - 1)
+        groups = [np.flatnonzero(at == i) for i in range(bins)]
+    rows = [(100 * confidence[g].mean(), 100 * correct[g].mean(), len(g)) for g in groups if len(g)]
+    return tuple(np.array(rows).reshape(-1, 3).T)
+
+
+def expected_calibration_error(confidence, correct, bins=15, mass=False):
+    """ECE in percent: mean over images of |accuracy - mean confidence| of their bin; arguments as in `reliability`."""
+    mean, accuracy, images = reliability(confidence, correct, bins, mass)
+    return float((np.abs(accuracy - mean) * images).sum() / images.sum())
+
+
+def compare(correct, baseline):
+    """Image by image against a baseline: (fixed, broken, p) with p of McNemar's exact two-sided test.
+
+    correct, baseline: whether each network is right, shape (n,). fixed: images that only the first has right; broken:
+    those that only the baseline has right. Without either, p is 1.
+    """
+    from scipy.stats import binomtest
+
+    correct, baseline = np.asarray(correct, bool), np.asarray(baseline, bool)
+    fixed, broken = int((correct & ~baseline).sum()), int((baseline & ~correct).sum())
+    return fixed, broken, float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0

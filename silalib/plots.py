@@ -8,7 +8,7 @@ from .losses import LABELS
 from .paths import results_folder
 from .runs import write_atomically
 
-COLOURS = dict(zip(LABELS, ("#555555", "#0072b2", "#d55e00", "#009e73")))
+COLOURS = dict(zip(LABELS, ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7")))
 """Method -> colour, distinguishable without red-green vision."""
 
 

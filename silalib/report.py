@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from . import launch, runs
+from . import claims, launch, runs
 from .data import dataset
 from .errors import Stopped, UserError
 from .experiments import EXHIBITS, check_profile
@@ -30,6 +30,7 @@ NOTEBOOKS = {"00_siamese_labels": ("The method", ("fig3",))}
 for _name, _exhibit in sorted(EXHIBITS.items(), key=lambda item: item[1].notebook):
     _title, _shown = NOTEBOOKS.get(_exhibit.notebook, (_exhibit.title, ()))
     NOTEBOOKS[_exhibit.notebook] = _title, (*_shown, _name)
+NOTEBOOKS["09_claims"] = "Which claims hold?", ()
 
 FOLDER = ROOT / "notebooks"
 AT_ONCE = 2
@@ -81,7 +82,7 @@ def build(profile, names=None, seeds=None, device="auto", workers=None, train=Tr
             runs.write_atomically(report / f"{stem}.html", content.encode())
             left -= 1
     finally:
-        write_index(profile)
+        write_index(profile, seeds)
     if left:
         raise Stopped(f"the report stopped with {left} of {len(chosen)} pages left; start again to go on")
     print(report / "index.html", flush=True)
@@ -233,7 +234,7 @@ def page(stem, profile, card, **parts):
     return template("page").render(title=title, exhibits=exhibits, profile=profile, card=card, **parts)
 
 
-def write_index(profile):
+def write_index(profile, seeds=None):
     """The index of the pages that are there; one that is not is written as "not built", so that every link leads on."""
     folder = results_folder(profile) / "report"
     cards = []
@@ -246,7 +247,8 @@ def write_index(profile):
         card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
         first_table = re.search(r"<table.*?</table>", content, re.DOTALL)
         cards.append({"stem": stem, "title": title, "image": thumbnail(content), "table": first_table, **card})
-    index = template("index").render(profile=profile, cards=cards)
+    score = claims.score(claims.judge(profile, seeds))
+    index = template("index").render(profile=profile, cards=cards, score=score)
     runs.write_atomically(folder / "index.html", index.encode())
 
 

@@ -275,8 +275,7 @@ def write_atomically(path, content, previous=None):
     except OSError as error:
         if error.errno in NO_ROOM:
             raise NoRoom(
-                f"cannot write {path} ({error.strerror}): make room, or set SILALIB_RESULTS to another disk, and start "
-                "again to go on; what was there is kept"
+                f"cannot write {path} ({error.strerror}): make room and start again to go on; what was there is kept"
             ) from None
         raise
     finally:
@@ -405,21 +404,21 @@ def damage(run):
     return None
 
 
-def set_aside(damaged):
-    """Rename the file that a Damaged error names to *.corrupt, and result.json beside it: its run is then unfinished.
+def set_aside(damaged, mark="result.json"):
+    """Rename the file that a Damaged error names to *.corrupt, and beside it the one that marks all as finished.
 
     Returns what was done, in words.
     """
     path = damaged.path
     what = f"was damaged and is now {path.name}.corrupt" if path.exists() else "was missing"
     try:
-        for name in ("result.json", path.name):
+        for name in (mark, path.name):
             old = path.with_name(name)
             if old.exists():
                 old.replace(f"{old}.corrupt")
     except OSError as error:
         raise UserError(f"cannot set {path} aside ({error.strerror}): it is damaged; delete it yourself") from None
-    return f"{path} {what}: the run is trained again"
+    return f"{path} {what}"
 
 
 def folders(run):

@@ -8,6 +8,7 @@ import pandas as pd
 from .data import dataset
 from .losses import LABELS
 from .models import MODELS, NAMES, count_macs, count_parameters
+from .runs import failure
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
@@ -60,27 +61,90 @@ def networks():
     return pd.DataFrame(rows)
 
 
+def measured(grid, records, exhibit):
+    """One row per network row, metric and seed of what our records hold of "table1", "table2" or "table3".
+
+    The metrics are those that the paper prints, of the same data set where it has it. Columns: exhibit, dataset, pair,
+    method, net (1 or 2), network, metric, seed, value, run.
+    """
+    rows, paper = [], printed(exhibit)
+    for run in grid:
+        pair = "+".join(NAMES[net] for net in run.nets)
+        same = paper[paper["dataset"] == dataset(run.dataset).title]
+        metrics = (same if len(same) else paper)["metric"].unique()
+        for head, net in enumerate(run.nets if run in records else ()):
+            row = dict(exhibit=exhibit, dataset=run.dataset, pair=pair, method=run.method, net=head + 1)
+            row |= dict(network=NAMES[net], seed=run.seed, run=run)
+            numbers = records[run].heads[head]
+            rows += [row | {"metric": metric, "value": numbers[metric]} for metric in metrics]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def printed(exhibit):
+    """The paper's numbers of a table in the form of `measured`; its single number counts as seed 0 of no run."""
+    methods = {label: method for method, label in LABELS.items()}
+    rows = []
+    for line in reported(exhibit).to_dict("records"):
+        pair = line["net1"] if pd.isna(line["net2"]) else f"{line['net1']}+{line['net2']}"
+        row = dict(exhibit=exhibit, dataset=line["dataset"], pair=pair, method=methods[line["method"]])
+        row |= dict(net=int(line["net"][-1]), network=line["model"], seed=0, run=None)
+        rows += [row | {"metric": m, "value": line[m]} for m in METRICS if not pd.isna(line.get(m, np.nan))]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
+
+
+def gains(frame, method, over):
+    """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
+
+    IND is that of the same network alone; any other method that of the same network of the same pair. Paired by seed.
+    Adds the columns gain, run_over and net_over.
+    """
+    keys = ["exhibit", "dataset", "network", "metric", "seed"] + ([] if over == "ind" else ["pair", "net"])
+    baseline = frame[frame["method"] == over].drop_duplicates(keys)
+    baseline = baseline.assign(net_over=baseline["net"])[[*keys, "value", "run", "net_over"]]
+    merged = frame[frame["method"] == method].merge(baseline, on=keys, suffixes=("", "_over"))
+    sign = merged["metric"].map(lambda metric: -1.0 if metric == "nll" else 1.0)
+    return merged.assign(gain=sign * (merged["value"] - merged["value_over"]))
+
+
+def curves(grid, records, method, head=0, column="test_top1"):
+    """A column of the histories of a method's runs, as a data frame with a row per seed and a column per epoch."""
+    found = {run.seed: records[run].history for run in grid if run.method == method and run in records}
+    return pd.DataFrame({s: h[h["head"] == head].set_index("epoch")[column] for s, h in found.items()}).T
+
+
+def second_half(values):
+    """The mean of each row of `curves` over the second half of the epochs."""
+    return values.iloc[:, values.shape[1] // 2 :].mean(axis=1)
+
+
 def cells(grid, records, metrics, table=None):
     """One row per network row, metric and seed of a table: what our records hold and what the paper prints.
 
     grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: dataset, pair, method,
-    net (1 or 2), network, metric, seed, value (NaN where there is no record), gain over IND of the same network, data
-    set and seed (positive is better), paper, paper_gain. A stand-in has the paper's first data set beside it.
+    net (1 or 2), network, metric, seed, value (NaN where there is no record), failed (where training failed, in words),
+    gain over IND of the same network, data set and seed (positive is better), paper, paper_gain. A stand-in has the
+    paper's first data set beside it.
     """
-    numbers = _printed(table) if table else {}
+    keys = ["dataset", "pair", "method", "net", "metric"]
+    numbers = printed(table).set_index(keys)["value"].to_dict() if table else {}
+    titles = list(dict.fromkeys(key[0] for key in numbers))
     alone = {(run.dataset, run.nets[0], run.seed): records.get(run) for run in grid if run.method == "ind"}
     rows = []
     for run in grid:
         title = dataset(run.dataset).title
-        printed = numbers.get(title) or next(iter(numbers.values()), {})
+        beside = title if title in titles else next(iter(titles), None)
         pair = "+".join(NAMES[net] for net in run.nets)
+        failed = "" if run in records else failed_at(run)
         for head, net in enumerate(run.nets):
             for metric in metrics:
                 sign = -1 if metric == "nll" else 1
                 value = records[run].heads[head][metric] if run in records else np.nan
                 baseline = alone.get((run.dataset, net, run.seed))
-                paper = printed.get((pair, LABELS[run.method], head + 1, metric), np.nan)
-                paper_alone = printed.get((NAMES[net], LABELS["ind"], 1, metric), np.nan)
+                paper = numbers.get((beside, pair, run.method, head + 1, metric), np.nan)
+                paper_alone = numbers.get((beside, NAMES[net], "ind", 1, metric), np.nan)
                 has_gain = run.method != "ind"
                 rows.append(
                     {
@@ -92,6 +156,7 @@ def cells(grid, records, metrics, table=None):
                         "metric": metric,
                         "seed": run.seed,
                         "value": value,
+                        "failed": failed,
                         "gain": sign * (value - baseline.heads[0][metric]) if has_gain and baseline else np.nan,
                         "paper": paper,
                         "paper_gain": round(sign * (paper - paper_alone), 4) if has_gain else np.nan,
@@ -100,17 +165,12 @@ def cells(grid, records, metrics, table=None):
     return pd.DataFrame(rows)
 
 
-def _printed(table):
-    """data set -> {(pair, method, net, metric): number}, in the table's order."""
-    frame = reported(table)
-    numbers = {}
-    for row in frame.to_dict("records"):
-        pair = row["net1"] if pd.isna(row["net2"]) else f"{row['net1']}+{row['net2']}"
-        for metric in METRICS:
-            if not pd.isna(row.get(metric, np.nan)):
-                of_data_set = numbers.setdefault(row["dataset"], {})
-                of_data_set[pair, row["method"], int(row["net"][-1]), metric] = row[metric]
-    return numbers
+def failed_at(run):
+    """Of a run that has failed, where: "seed 0 failed: epoch 2, step 12, lr 0.1"; of any other ""."""
+    if not (found := failure(run)):
+        return ""
+    place = f": epoch {found['epoch']}, step {found['step']}, lr {found['lr']:g}" if "lr" in found else ""
+    return f"seed {run.seed} failed{place}"
 
 
 def over_seeds(frame):
@@ -122,6 +182,7 @@ def over_seeds(frame):
         row = dict(zip(keys, key)) | {"n": len(values)}
         row["mean"], row["half"] = interval(values)
         row["gain"], row["gain_half"] = interval(gains)
+        row["failed"] = "; ".join(filter(None, group["failed"].unique()))
         rows.append(row | {"paper": group["paper"].iloc[0], "paper_gain": group["paper_gain"].iloc[0]})
     return pd.DataFrame(rows)
 
@@ -187,7 +248,7 @@ def comparison(summary, metrics, learned=0.0):
     """A table of `over_seeds` to look at: for each metric our mean and interval, the paper's number, the gain over IND.
 
     learned: a network whose IND stays under this top-1 is marked 'did not learn'. Returns a data frame of text with
-    two levels of columns; a row without records says 'not run'.
+    two levels of columns; a row without records says 'not run', or 'failed', and where.
     """
     weak = summary[(summary["method"] == LABELS["ind"]) & (summary["metric"] == "top1") & (summary["mean"] < learned)]
     summary = summary[summary["metric"].isin(metrics)]
@@ -196,9 +257,11 @@ def comparison(summary, metrics, learned=0.0):
         failed = " (did not learn)" if network in set(weak["network"]) else ""
         row = {("", "Networks"): pair, ("", "Method"): method}
         row["", ""] = failed.strip() if method == LABELS["ind"] else f"Net{net}{failed}"
+        if reason := group["failed"].iloc[0]:
+            row["", ""] = f"{row['', '']} ({reason})".strip()
         for cell in group.set_index("metric").loc[list(metrics)].reset_index().to_dict("records"):
             title = METRICS[cell["metric"]]
-            row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or "not run"
+            row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or ("failed" if reason else "not run")
             row[title, "paper"] = plus_minus(cell["paper"], np.nan) or "-"
             row[title, "gain"] = plus_minus(cell["gain"], cell["gain_half"], signed=True)
         rows.append(row)

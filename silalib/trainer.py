@@ -323,7 +323,7 @@ class Training:
                 | {f"train_{k}": v for k, v in clean[head].items()}
                 | {"parameters": count_parameters(net), "macs": costs[head]}
             )
-            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels, exact=run.holdout > 0).items()}
+            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels).items()}
         if run.nets[0] in EXITS:
             for values, macs in zip(heads, early_exit.exit_costs(self.nets[0], image, budgeted=True)):
                 values["macs_budgeted"] = macs
@@ -346,7 +346,7 @@ class Training:
         held = self.splits["holdout"]
         arrays = {"calibration_labels": held.labels.cpu().short().numpy()}
         for head, z in enumerate(self.predict(held.images)):
-            kept = per_image(z, held.labels, exact=True)
+            kept = per_image(z, held.labels)
             arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
         return arrays
 
@@ -498,16 +498,16 @@ def statistics(logits, gradients, target):
     return torch.stack([torch.stack([v.double().mean() for v in row]) for row in rows])
 
 
-def per_image(logits, target, exact=False):
+def per_image(logits, target):
     """What test.npz keeps of one head: enough for calibration, comparison by image and the free energies.
 
-    exact: the confidence in float32; in half precision confident images tie, and thresholds cannot tell them apart.
+    The confidence is float32: in half precision confident images tie, and thresholds cannot tell them apart.
     """
     log_p = logits.log_softmax(1)
     largest, predicted = log_p.max(1)
     arrays = {
         "log_probability": log_p.gather(1, target[:, None])[:, 0].half(),
-        "confidence": largest.exp() if exact else largest.exp().half(),
+        "confidence": largest.exp(),
         "predicted": predicted.short(),
         "top5": metrics.in_top_k(logits, target, 5),
         "s": logits.logsumexp(1).half(),

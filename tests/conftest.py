@@ -78,6 +78,15 @@ def usual_interrupt():
 
 
 @pytest.fixture
+def data_folder(tmp_path, monkeypatch):
+    """An empty data folder, with nothing remembered of another one."""
+    monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
+    data.load.cache_clear()
+    yield tmp_path / "data"
+    data.load.cache_clear()
+
+
+@pytest.fixture
 def real_data():
     """real_data(name) -> the data set's Images from SILALIB_DATA; skips where it is not there."""
 

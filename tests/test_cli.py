@@ -63,7 +63,7 @@ def test_wrong_usage_is_2(arguments, message, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["data", "cifar"], "unknown data set 'cifar': choose from digits, mnist, cifar10, cifar100"),
+        (["data", "cifar"], "unknown data set 'cifar': choose from digits, digits64, mnist, cifar10"),
         (["train", "table1", "--device", "tpu"], "unknown device 'tpu'"),
         (["train", "table1", "--device", "cuda:99"], "is not here"),
     ],
@@ -95,7 +95,9 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert main([*arguments, "--budget", "0.01s"]) == 75
     assert "stopped with 2 of 2 runs left; start again to go on" in capsys.readouterr().err
     assert main(["status", "tiny"]) == 0
-    assert capsys.readouterr().out.splitlines()[2].split() == ["tiny", "-", "-", "-", "2", "-", "-"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "profile quick; claims: 8 not run"
+    assert lines[2].split() == ["tiny", "-", "-", "-", "2", "-", "-"]
     assert main(arguments) == 0
     assert main(["status", "tiny"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["tiny", "2", "-", "-", "-", "-", "-"]
@@ -103,6 +105,18 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert len(before) == 2
     assert main(arguments) == 0  # trains nothing
     assert {p: p.read_bytes() for p in results.rglob("result.json")} == before
+
+
+def test_data_that_must_be_prepared_count_as_success(one_exhibit, monkeypatch, tmp_path, capsys):
+    def grid(profile="quick", seeds=None):
+        return [*one_exhibit(profile, [0]), Run("imagenet100", "msdnet_imagenet", "sila", augment="flip")]
+
+    monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", grid, "00_tiny")})
+    assert main(["train", "tiny", "--workers", "1"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "2 of 3 runs are trained, 1 not run\n"
+    assert "1 of 3 runs not run: " in output.err
 
 
 def test_only_whole_starts_nothing_that_cannot_end(one_exhibit, monkeypatch):

@@ -8,15 +8,18 @@ from silalib.experiments import (
     EXHIBITS,
     NOISE,
     PROFILES,
+    coupling,
     fig3,
     fig4,
     fig5,
     fig6,
+    fig7,
     table1,
     table2,
     table3,
     variants,
 )
+from silalib.losses import PAPER_METHODS
 from silalib.models import NAMES
 
 
@@ -125,6 +128,41 @@ def test_figures_4_and_5_are_the_papers(exhibit, net, blocks, holdout):
     }
 
 
+def test_figure_7_is_resnet18_of_table_1():
+    for profile in PROFILES:
+        grid = fig7(profile, [0])
+        assert set(grid) <= set(table1(profile, [0]))
+        assert {(run.nets, run.method) for run in grid} == {
+            (("resnet18",) * (1 if method == "ind" else 2), method) for method in PAPER_METHODS
+        }
+        assert all(run.noise_images and (run.hessian_images or profile in ("small", "short")) for run in grid)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_coupling_shares_what_it_can_and_changes_one_thing(profile):
+    grid = coupling(profile, [0])
+    (ind,), (sila,) = ([run for run in fig3(profile, [0]) if run.method == method] for method in ("ind", "sila"))
+    assert {ind, sila} <= set(grid) and len(grid) == len(set(grid)) == 8
+    plain = {"noise_images", "noise_sigmas", "noise_draws", "hessian_images"}
+    differences = {
+        frozenset((k, str(v)) for k, v in run.config.items() if v != ind.config[k] and k not in plain) for run in grid
+    }
+    pair = {("nets", "['resnet18', 'resnet18']"), ("method", "sila")}
+    milestones = str([2 * m for m in ind.milestones])
+    assert differences == {
+        frozenset(),
+        frozenset(pair),
+        *[frozenset({*pair, ("coupling", c)}) for c in ("0.0", "0.5", "2.0", "4.0")],
+        frozenset({("method", "zero-peer")}),
+        frozenset({("epochs", str(2 * ind.epochs)), ("milestones", milestones)}),
+    }
+
+
+def test_only_the_coupling_trains_what_the_paper_does_not():
+    methods = {run.method for name, e in EXHIBITS.items() if name != "coupling" for run in e.grid("quick")}
+    assert methods <= set(PAPER_METHODS)
+
+
 def test_milestones_scale_with_the_schedule():
     assert experiments.scaled_milestones(26) == (3, 5.5, 8, 10.5, 13.5, 16, 18, 20, 22, 24)
 
@@ -139,7 +177,8 @@ def test_small_is_real_and_fixed():
 @pytest.mark.parametrize("name", EXHIBITS)
 def test_seeds_and_profiles(name):
     grid = EXHIBITS[name].grid
-    assert {run.seed for run in grid("quick")} == ({0, 1} if name in ("table1", "fig3", "fig6") else {0})
+    two = ("table1", "fig3", "fig6", "fig7")
+    assert {run.seed for run in grid("quick")} == ({0, 1} if name in two else {0})
     assert {run.seed for run in grid("small")} == ({0} if name == "variants" else {0, 1, 2})
     assert {run.seed for run in grid("quick", [5])} == {5}
     with pytest.raises(UserError, match="unknown profile 'fast': choose from quick, small, short, paper"):

@@ -14,12 +14,14 @@ import silalib
 from silalib.losses import (
     LABELS,
     METHODS,
+    PAPER_METHODS,
     SiameseLabelsLoss,
     independent,
     mutual_kl,
     mutual_learning,
     siamese_labels,
     siamese_mutual_learning,
+    zero_peer,
 )
 
 B, N = 6, 5
@@ -128,6 +130,29 @@ def equal_free_energies(count):
     first, *others = heads(count)
     s = first.logsumexp(1, keepdim=True)
     return copies([first, *(z - z.logsumexp(1, keepdim=True) + s for z in others)])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_zero_peer_is_cross_entropy_and_the_coupling_to_zero(reduction):
+    """CE + 2 log(2 cosh(s / 2)) for every head by itself, and so for its gradient."""
+    logits, betas = heads(2), (0.5, 2.0)
+    expected = sum(
+        beta * (F.cross_entropy(z, TARGET, reduction="none") + 2 * torch.log(2 * torch.cosh(z.logsumexp(1) / 2)))
+        for beta, z in zip(betas, logits)
+    )
+    expected = expected if reduction == "none" else getattr(expected, reduction)()
+    actual = zero_peer(logits, TARGET, betas, reduction)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
+    for a, b in zip(gradients(actual.sum(), logits), gradients(expected.sum(), logits)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_zero_peer_has_the_gradient_of_independent_training_where_s_is_zero():
+    z = (heads(1)[0] - heads(1)[0].logsumexp(1, keepdim=True)).detach().requires_grad_()
+    (actual,) = gradients(zero_peer([z], TARGET), [z])
+    torch.testing.assert_close(actual, gradients(independent([z], TARGET), [z])[0], rtol=1e-11, atol=1e-15)
+    shifted = (z.detach() + 3).requires_grad_()  # which changes no prediction, and is pulled back
+    assert (gradients(zero_peer([shifted], TARGET, reduction="sum"), [shifted])[0].sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -254,7 +279,8 @@ def test_agreeing_heads_have_no_mutual_loss():
 
 
 def test_methods():
-    assert list(METHODS) == list(LABELS) == ["ind", "sila", "dml", "sila+dml"]
+    assert list(METHODS) == list(LABELS) == [*PAPER_METHODS, "zero-peer"]
+    assert PAPER_METHODS == ("ind", "sila", "dml", "sila+dml")
     logits, betas = heads(3), (0.5, 2.0, 1.0)
     alone = sum(b * F.cross_entropy(z, TARGET) for b, z in zip(betas, logits))
     sila = naive_siamese(logits, TARGET, betas).mean()
@@ -281,6 +307,9 @@ def per_head_losses(method, logits, target):
             for k in peers:
                 p = logits[k].detach().softmax(1)
                 loss = loss + F.kl_div(z.log_softmax(1), p, reduction="batchmean") / len(peers)
+        if method == "zero-peer":
+            s = z.logsumexp(1)
+            loss = loss + (2 * F.softplus(s) - s).mean()
         yield loss
 
 

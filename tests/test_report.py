@@ -263,6 +263,7 @@ def test_index_lists_every_notebook_with_its_state(record, results):
     index = (folder / "index.html").read_text(encoding="utf-8")
     cards = re.findall(r"<li>.*?</li>", index, re.DOTALL)
     assert len(cards) == 3
+    assert "claims: 8 not run" in index
     assert ">done<" in cards[0] and cards[0].count("<tr>") == 6
     assert "1 of 2 runs not run" in cards[1] and "of training, 2 s for the page" in cards[1]
     assert ">not built<" in cards[2]

@@ -432,6 +432,16 @@ def test_missing_data_does_not_stop_the_others(tiny, tmp_path, monkeypatch, caps
     data.load.cache_clear()
 
 
+def test_data_that_must_be_prepared_are_not_run_and_no_failure(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
+    here = tiny(nets=("convnet12",), method="ind", epochs=1)
+    elsewhere = [Run("imagenet100", "msdnet_imagenet", method, augment="flip") for method in ("ind", "sila")]
+    assert list(ensure([*elsewhere, here], workers=1)) == [here]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("2 of 3 runs not run: ") and "imagenet100 is missing" in line
+    assert [state(run) for run in elsewhere] == ["pending"] * 2
+
+
 def test_two_workers_give_what_one_gives(tiny, comparable, tmp_path, monkeypatch, capsys):
     grid = [tiny(nets=("vgg13",) * 2, method=m, epochs=1, augment="crop+flip") for m in ("sila", "dml")]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)  # one thread for each worker

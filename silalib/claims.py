@@ -1,0 +1,439 @@
+"""Which of the paper's claims hold: each claim is a function of records that gives a verdict.
+
+A claim is made of effects: comparisons over cells (networks, metrics, exits) and seeds, turned so that positive speaks
+for the claim. An effect is judged by its mean over the cells, with a 95% interval by Student's t over the paired
+seeds, and by the count of signs. The functions that read tables also run on the numbers that the paper prints.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from . import early_exit, summary
+from .errors import UserError
+from .experiments import EXHIBITS
+from .losses import LABELS
+from .runs import ensure
+
+VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not run")
+TABLES = ("table1", "table2", "table3")
+PAPER_DATA = ("cifar10", "cifar100", "imagenet100", "mnist")
+"""Records on any other data set show that everything runs, and judge nothing in the paper."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One comparison, positive where it speaks for the claim.
+
+    mean, half: over seeds, half-width NaN for one seed; images: (mean, half) of the same comparison over test images,
+    or None. won of total: cells whose mean over seeds is above zero. runs: the runs it rests on. exact: a comparison
+    that claims equality, so that any difference speaks against it.
+    """
+
+    name: str
+    unit: str
+    mean: float = np.nan
+    half: float = np.nan
+    seeds: int = 0
+    images: tuple | None = None
+    won: int = 0
+    total: int = 0
+    runs: tuple = ()
+    exact: bool = False
+
+    @property
+    def verdict(self):
+        if not self.total:
+            return "not run"
+        if self.seeds < 2:
+            return "inconclusive"
+        if self.exact:
+            return "reproduced" if self.won == self.total else "not reproduced"
+        if self.mean > self.half and self.won > self.total / 2:
+            return "reproduced"
+        if self.mean < -self.half and self.won < self.total / 2:
+            return "not reproduced"
+        return "inconclusive"
+
+    def __str__(self):
+        """The mean with its interval and unit; "" without records."""
+        digits = 0 if self.exact else 4 if self.unit in ("ratio", "nats") else 2
+        text = summary.plus_minus(self.mean, np.nan if self.exact else self.half, digits, signed=not self.exact)
+        return f"{text} {self.unit}".strip() if text else ""
+
+    @property
+    def over_images(self):
+        """The interval over test images, as text; "" where there are no per-image data."""
+        digits = 4 if self.unit in ("ratio", "nats") else 2
+        return f"{summary.plus_minus(*self.images, digits, signed=True)} {self.unit}" if self.images else ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim's verdict and what it rests on."""
+
+    number: int
+    claim: str
+    effects: tuple
+    left_out: tuple = ()  # exhibits of the claim without any record
+
+    @property
+    def runs(self):
+        return tuple(dict.fromkeys(run for effect in self.effects for run in effect.runs))
+
+    @property
+    def seeds(self):
+        return sorted({run.seed for run in self.runs})
+
+    @property
+    def stand_in(self):
+        """Whether it rests on stand-in data, and so judges nothing in the paper."""
+        return any(run.dataset not in PAPER_DATA for run in self.runs)
+
+    @property
+    def measured(self):
+        """The verdict on the records as they are, stand-in data or not: that of all effects together."""
+        verdicts = {effect.verdict for effect in self.effects}
+        for verdict in ("not reproduced", "not run", "reproduced"):
+            if verdicts == {verdict}:
+                return verdict
+        return "not reproduced" if "not reproduced" in verdicts else "inconclusive"
+
+    @property
+    def verdict(self):
+        return "not run" if self.stand_in else self.measured
+
+    @property
+    def won(self):
+        return sum(effect.won for effect in self.effects)
+
+    @property
+    def total(self):
+        return sum(effect.total for effect in self.effects)
+
+    @property
+    def note(self):
+        """Why the verdict is not better, in words; "" where nothing is to be said."""
+        notes = []
+        if self.stand_in:
+            notes.append("stand-in data judge nothing in the paper")
+        if self.runs and len(self.seeds) < 2:
+            notes.append("fewer than two seeds")
+        missing = [effect.name for effect in self.effects if not effect.total]
+        if self.runs and missing:
+            notes.append(f"not run: {', '.join(missing)}")
+        if self.runs and self.left_out:
+            notes.append(f"without {', '.join(self.left_out)}")
+        return "; ".join(notes)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What claims are judged by: the grids of the exhibits and the records of those runs that are finished.
+
+    tables: the numbers of Tables 1 to 3, in the form of `summary.measured`.
+    """
+
+    grids: dict = field(default_factory=dict)
+    records: dict = field(default_factory=dict)
+    tables: pd.DataFrame = None
+
+    def found(self, exhibit, method):
+        """The finished runs of an exhibit with a method."""
+        return [run for run in self.grids.get(exhibit, ()) if run.method == method and run in self.records]
+
+
+def evidence(grids, records):
+    frames = [summary.measured(grids.get(table, ()), records, table) for table in TABLES]
+    return Evidence(grids, records, _joined(frames))
+
+
+def printed():
+    """The paper's own Tables 1 to 3 as evidence: one number a cell gives a score, but no interval."""
+    return Evidence(tables=_joined([summary.printed(table) for table in TABLES]))
+
+
+def judge(profile, seeds=None):
+    """The verdict on every claim by the records of a profile, trained before; a damaged one counts as missing."""
+    grids = {name: exhibit.grid(profile, seeds) for name, exhibit in EXHIBITS.items()}
+    return judge_all(evidence(grids, ensure([run for grid in grids.values() for run in grid], profile, train=False)))
+
+
+def judge_all(found):
+    judged = []
+    for number, (claim, exhibits, effects) in CLAIMS.items():
+        left_out = [name for name in exhibits if not any(run in found.records for run in found.grids.get(name, ()))]
+        judged.append(Judged(number, claim, tuple(effects(found)), tuple(left_out)))
+    return judged
+
+
+def score(judged):
+    """In a line: claims: 2 reproduced, 1 inconclusive, 5 not run."""
+    counts = Counter(claim.verdict for claim in judged)
+    text = "claims: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return text + (" (stand-in data judge nothing)" if any(claim.stand_in for claim in judged) else "")
+
+
+# The claims: functions from evidence to effects
+
+
+def every_cell(found):
+    """Claim 1: SiLa over IND in every metric that the tables print."""
+    gains = summary.gains(found.tables, "sila", "ind")
+    for metric, title in summary.METRICS.items():
+        if (found.tables["metric"] == metric).any() or metric == "top1":
+            unit = "nats" if metric == "nll" else "points"
+            yield table_effect(f"{title}, SiLa over IND", unit, gains[gains["metric"] == metric], found, metric)
+
+
+def every_method(found):
+    """Claim 2: DML and SiLa over IND, SiLa+DML over both, in Tables 1 and 2: mean of top-1, signs of every metric."""
+    tables = found.tables[found.tables["exhibit"] != "table3"]
+    for method, over in (("sila", "ind"), ("dml", "ind"), ("sila+dml", "sila"), ("sila+dml", "dml")):
+        name = f"{LABELS[method]} over {LABELS[over]}"
+        yield table_effect(f"top-1, {name}", "points", summary.gains(tables, method, over), found)
+
+
+def autoaugment(found):
+    """Claim 3: SiLa over IND in Table 3: mean of top-1, signs of every metric."""
+    gains = summary.gains(found.tables[found.tables["exhibit"] == "table3"], "sila", "ind")
+    yield table_effect("top-1 with AutoAugment, SiLa over IND", "points", gains, found)
+
+
+def easier_to_train(found):
+    """Claim 4: test top-1, mean over the epochs; and the distance of Net1 and Net2 against that of two IND seeds."""
+    grid, records = found.grids.get("fig3", ()), found.records
+    ind = summary.curves(grid, records, "ind")
+    nets = [summary.curves(grid, records, "sila", head) for head in (0, 1)]
+    runs = {(r.method, r.seed): r for r in grid if r in records}
+    rows = [
+        row(f"Net{head + 1}", seed, net.loc[seed].mean() - ind.loc[seed].mean(), runs["sila", seed], runs["ind", seed])
+        for head, net in enumerate(nets)
+        for seed in net.index.intersection(ind.index)
+    ]
+    yield effect("top-1 over the epochs, SiLa over IND", "points", rows)
+    within, null = tracking(*nets), tracking_null(ind)
+    rows = [
+        row("Net1 to Net2", seed, null[seed] - within[seed], runs["sila", seed], runs["ind", seed])
+        for seed in within.index.intersection(null.index)
+    ]
+    yield effect("closer than two IND seeds, Net1 and Net2", "points", rows)
+
+
+def tracking(net1, net2):
+    """Distance in test top-1 of two networks, a value per seed: its mean over the second half of the epochs."""
+    return summary.second_half((net1 - net2).abs())
+
+
+def tracking_null(independent):
+    """The same distance for IND seeds: of each to the next one, so that no pair is used twice; empty for one seed."""
+    seeds = list(independent.index)
+    pairs = list(zip(seeds, seeds[1:] + seeds[:1]))[: 1 if len(seeds) == 2 else None]
+    return pd.concat([tracking(independent.loc[[a]], independent.loc[b]) for a, b in pairs if a != b] or [EMPTY])
+
+
+EMPTY = pd.Series(dtype=float)
+
+
+def exits(found):
+    """Claim 5: top-1 of every exit at its cost (anytime, Figure 5), and at equal average costs (budgeted, Figure 4)."""
+    pairs = lambda exhibit: [
+        (run, alone) for run in found.found(exhibit, "sila") if (alone := replace(run, method="ind")) in found.records
+    ]
+    rows = []
+    for run, alone in pairs("fig5"):
+        for k, (a, b) in enumerate(zip(found.records[run].heads, found.records[alone].heads)):
+            if a["macs"] == b["macs"]:
+                rows.append(row((*network(run), k), run.seed, a["top1"] - b["top1"], run, alone, k, k))
+    yield effect("top-1 of each exit, anytime", "points", rows, found.records, "top1")
+    rows = []
+    for run, alone in pairs("fig4"):
+        curves = [early_exit.budgeted(found.records[r]) for r in (run, alone)]
+        for i, gain in enumerate(early_exit.gain_at_equal_costs(*curves)):
+            rows.append(row((*network(run), i), run.seed, gain, run, alone))
+    yield effect("top-1 at each average cost, budgeted", "points", rows)
+
+
+def concentrated(found):
+    """Claim 6: the scatter ratio of the test features, IND over SiLa."""
+    rows = [
+        row(f"Net{head + 1}", run.seed, a["test_concentration"] - values["test_concentration"], run, alone)
+        for run, alone in beside_ind(found, "fig6", "sila")
+        for a in found.records[alone].heads[:1]
+        for head, values in enumerate(found.records[run].heads)
+    ]
+    yield effect("scatter ratio of the features, IND above SiLa", "ratio", rows)
+
+
+def robust(found):
+    """Claim 7: training NLL of the last epoch (Figure 7a), and its change under absolute noise (Figure 7b)."""
+    last = lambda run, head: found.records[run].history.query("head == @head")["train_nll"].iloc[-1]
+    for over in ("ind", "dml"):
+        rows = []
+        for run, other in beside(found, "fig7", "sila", over):
+            for head in range(len(run.nets)):
+                value = last(run, head) - last(other, min(head, len(other.nets) - 1))
+                rows.append(row(f"Net{head + 1}", run.seed, value, run, other))
+        yield effect(f"last training NLL, SiLa above {LABELS[over]}", "nats", rows)
+    for method in ("sila", "dml"):
+        rows = [
+            row(
+                f"Net{head + 1}",
+                run.seed,
+                change(found.records[alone], 0) - change(found.records[run], head),
+                run,
+                alone,
+            )
+            for run, alone in beside_ind(found, "fig7", method)
+            for head in range(len(run.nets))
+        ]
+        yield effect(f"change under noise, {LABELS[method]} below IND", "nats", rows)
+
+
+def change(record, head, kind="absolute"):
+    """Change of training NLL under noise on the parameters, mean over the draws and over sigma above 0 (Figure 7b)."""
+    noise = record.noise[(record.noise["head"] == head) & (record.noise["kind"] == kind)]
+    return noise[noise["sigma"] > 0]["nll"].mean() - noise[noise["sigma"] == 0]["nll"].mean()
+
+
+def nothing_added(found):
+    """Claim 8: parameters of every network trained with SiLa, against the same network trained alone."""
+    rows = []
+    for exhibit in found.grids:
+        if exhibit == "coupling":
+            continue
+        alone = {(*network(run), run.seed): run for run in found.found(exhibit, "ind")}
+        for run in found.found(exhibit, "sila"):
+            for head, values in enumerate(found.records[run].heads):
+                slot = min(head, len(run.nets) - 1)
+                if ind := alone.get((*network(run, slot), run.seed)):
+                    added = values["parameters"] - found.records[ind].heads[0]["parameters"]
+                    rows.append(row((exhibit, run.nets, *network(run, slot), head), run.seed, added, run, ind))
+    yield effect("parameters added to a network", "", rows, exact=True)
+
+
+CLAIMS = {
+    1: ("SiLa beats IND for every network, in each printed metric", TABLES, every_cell),
+    2: ("DML and SiLa each beat IND, and SiLa+DML beats both", TABLES[:2], every_method),
+    3: ("SiLa helps with AutoAugment too", TABLES[2:], autoaugment),
+    4: ("SiLa makes the network easier to train, and Net1 and Net2 track each other", ("fig3",), easier_to_train),
+    5: ("SiLa raises the accuracy of every exit of MSDNet at the same cost", ("fig5", "fig4"), exits),
+    6: ("SiLa's features are more concentrated", ("fig6",), concentrated),
+    7: ("SiLa ends with higher training NLL; SiLa and DML change less under noise", ("fig7",), robust),
+    8: ("No parameters are added", (), nothing_added),
+}
+"""Number -> (the claim, the exhibits that it is about, the function from evidence to its effects)."""
+
+
+# From comparisons to effects
+
+
+def network(run, slot=0):
+    """What makes the network of a slot the same network in two runs of an exhibit."""
+    return run.dataset, run.nets[slot], run.width, run.stem, run.blocks
+
+
+def row(cell, seed, gain, run, run_over, head=0, head_over=0):
+    return dict(cell=cell, seed=seed, gain=gain, run=run, run_over=run_over, head=head, head_over=head_over)
+
+
+def beside(found, exhibit, method, over):
+    """Pairs of finished runs of an exhibit: of a method, and of another with the same seed and first network."""
+    others = {(run.nets[0], run.seed): run for run in found.found(exhibit, over)}
+    runs = [(run, others.get((run.nets[0], run.seed))) for run in found.found(exhibit, method)]
+    return [(run, other) for run, other in runs if other]
+
+
+def beside_ind(found, exhibit, method):
+    return beside(found, exhibit, method, "ind")
+
+
+def table_effect(name, unit, gains, found, metric=None):
+    """An effect over cells of tables. Without a metric the mean is that of top-1 and the signs are of every metric."""
+    rows = [
+        row(
+            (g.exhibit, g.dataset, g.pair, g.net, g.metric),
+            g.seed,
+            g.gain,
+            g.run,
+            g.run_over,
+            g.net - 1,
+            g.net_over - 1,
+        )
+        for g in gains.itertuples()
+    ]
+    if metric:
+        return effect(name, unit, rows, found.records, metric)
+    every = effect(name, unit, rows)
+    top1 = [r for r in rows if r["cell"][-1] == "top1"]
+    return replace(effect(name, unit, top1, found.records, "top1"), won=every.won, total=every.total)
+
+
+def effect(name, unit, rows, records=None, metric=None, exact=False):
+    """The Effect of comparisons made by `row`, on cells and seeds that are complete together.
+
+    With a metric, and per-image data in the records, also its interval over test images.
+    """
+    if not rows:
+        return Effect(name, unit, exact=exact)
+    frame = pd.DataFrame(rows)
+    table = complete(frame.pivot_table("gain", "cell", "seed", "first"))
+    used = [r for r in rows if r["cell"] in table.index and r["seed"] in table.columns]
+    mean, half = summary.interval(table.mean(axis=0))
+    cells = table.mean(axis=1)
+    won = (cells == 0) if exact else (cells > 0)
+    return Effect(
+        name,
+        unit,
+        mean,
+        half,
+        seeds=table.shape[1],
+        images=over_images(used, records, metric) if metric else None,
+        won=int(won.sum()),
+        total=len(cells),
+        runs=tuple(dict.fromkeys(run for r in used for run in (r["run"], r["run_over"]) if run is not None)),
+        exact=exact,
+    )
+
+
+def complete(table):
+    """The larger part of a table of cells and seeds that has no gaps: all of its seeds, or all of its cells."""
+    return max(table.dropna(axis="index"), table.dropna(axis="columns"), key=lambda part: (part.size, part.shape[1]))
+
+
+def over_images(rows, records, metric):
+    """(mean, half) of a paired gain with its 95% interval over test images, the networks taken as they are.
+
+    None where the metric is not kept per image. Several data sets are averaged by their number of comparisons.
+    """
+    differences = defaultdict(list)
+    for r in rows:
+        try:
+            pair = [per_image(records[r[f"run{o}"]], r[f"head{o}"], metric) for o in ("", "_over")]
+        except (UserError, KeyError):
+            return None
+        differences[r["run"].dataset].append(pair[0] - pair[1])
+    mean = variance = 0.0
+    for group in differences.values():
+        each, share = np.mean(group, axis=0), len(group) / len(rows)
+        mean += share * each.mean()
+        variance += share**2 * each.var(ddof=1) / len(each)
+    return mean, 1.96 * variance**0.5
+
+
+def per_image(record, head, metric):
+    """A metric of each test image, larger is better: percent right, or log-probability of the truth in nats."""
+    if metric == "nll":
+        return record.test[f"log_probability_{head}"].astype(float)
+    if metric == "top5":
+        return 100.0 * record.test[f"top5_{head}"]
+    if metric == "top1":
+        return 100.0 * (record.test[f"predicted_{head}"] == record.test["labels"])
+    raise KeyError(metric)
+
+
+def _joined(frames):
+    """Data frames under each other; an empty one would make pandas doubt the types of the rest."""
+    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)

@@ -1,0 +1,306 @@
+"""Verdicts on made-up records whose answer is known by hand, and the paper's own score from its printed tables."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from silalib import claims, experiments
+from silalib.claims import CLAIMS, VERDICTS, Effect, complete, evidence, judge_all, over_images, row, score
+from silalib.experiments import Exhibit, cifar_run
+from silalib.runs import Run
+
+SEEDS = (0, 1, 2)
+GAINS = {
+    "reproduced": (2.0, 2.5, 3.0),  # mean 2.5, standard deviation 0.5: half-width 4.3027 * 0.5 / sqrt(3) = 1.242
+    "not reproduced": (-2.0, -2.5, -3.0),
+    "inconclusive": (-2.0, 0.5, 3.0),  # mean 0.5 and half-width 6.2: the interval holds zero
+    "not run": (),
+}
+EPOCHS = 4
+
+
+def table(exhibit):
+    """Tables: SiLa and DML better by the gain in every metric, SiLa+DML by twice the gain."""
+    grid = experiments.table1("paper", SEEDS)
+    share = {"ind": 0, "sila": 1, "dml": 1, "sila+dml": 2}
+
+    def heads(run, gain):
+        better = share[run.method] * gain
+        one = {
+            "top1": 50 + better,
+            "top2": 60 + better,
+            "top5": 70 + better,
+            "best": 55 + better,
+            "nll": 2 - better / 10,
+        }
+        return {"heads": [one] * len(run.nets)}
+
+    return {exhibit: grid}, heads
+
+
+def training(_):
+    """Curves: SiLa above IND by the gain; two IND seeds 10, 20 or 10 apart; Net1 and Net2 closer by the gain."""
+    null = {0: 10, 1: 10, 2: 20}  # the distances of IND at 50, 60 and 70 to the next seed
+
+    def history(run, gain):
+        rows = []
+        for head in range(len(run.nets)):
+            for epoch in range(1, EPOCHS + 1):
+                apart = (null[run.seed] - gain) / 2 * (1 if (epoch + head) % 2 else -1)
+                top1 = 50 + 10 * run.seed + (gain + apart if run.method == "sila" else 0)
+                rows.append({"epoch": epoch, "head": head, "test_top1": top1})
+        return {"history": pd.DataFrame(rows), "heads": [{}] * len(run.nets)}
+
+    return {"fig3": experiments.fig3("paper", SEEDS)}, history
+
+
+def early_exits(_):
+    """Three exits, every one better by the gain at the same cost."""
+    base = [Run(nets="resnet18", method=method, seed=seed) for seed in SEEDS for method in ("ind", "sila")]
+    top1 = lambda run, gain, k: 50 + k + (gain if run.method == "sila" else 0)
+
+    def record(run, gain):
+        heads = [{"top1": top1(run, gain, k), "macs": k} for k in range(3)]
+        return {"heads": heads, "curve": pd.DataFrame(heads)}
+
+    return {"fig5": base, "fig4": [replace(run, holdout=5000) for run in base]}, record
+
+
+def features(_):
+    heads = lambda run, gain: [{"test_concentration": 7 - (gain if run.method == "sila" else 0)}] * len(run.nets)
+    return {"fig6": experiments.fig6("paper", SEEDS)}, lambda run, gain: {"heads": heads(run, gain)}
+
+
+def robustness(_):
+    """SiLa's last training NLL is higher by the gain; its change under noise and DML's are lower by it."""
+
+    def record(run, gain):
+        heads = range(len(run.nets))
+        last = 9 + (gain if run.method == "sila" else 0)
+        history = [{"epoch": e, "head": h, "train_nll": nll} for h in heads for e, nll in ((1, 99.0), (2, last))]
+        change = 20 - (gain if run.method in ("sila", "dml") else 0)
+        # clean NLL 1, then the change -1 and +1 in two draws; noise by filter would say the contrary
+        noise = [("absolute", 0.0, 1.0), ("absolute", 0.1, change), ("absolute", 0.1, change + 2), ("filter", 0.0, 1.0)]
+        noise = [*noise, ("filter", 0.1, -change)]
+        noise = [dict(head=h, kind=kind, sigma=sigma, nll=nll) for h in heads for kind, sigma, nll in noise]
+        return {"history": pd.DataFrame(history), "noise": pd.DataFrame(noise), "heads": [{}] * len(run.nets)}
+
+    return {"fig7": experiments.fig7("paper", SEEDS)}, record
+
+
+@pytest.fixture(autouse=True)
+def made_up_curves(monkeypatch):
+    monkeypatch.setattr(claims.early_exit, "budgeted", lambda record: record.curve)
+
+
+BUILDERS = {1: table, 2: table, 3: table, 4: training, 5: early_exits, 6: features, 7: robustness}
+
+
+def made_up(number, gains, dataset=None):
+    """Evidence for a claim with one gain per seed."""
+    grids, content = BUILDERS[number]("table3" if number == 3 else "table1")
+    if dataset:
+        grids = {name: [replace(run, dataset=dataset) for run in grid] for name, grid in grids.items()}
+    gains = dict(enumerate(gains))
+    runs = [run for grid in grids.values() for run in grid if run.seed in gains]
+    records = {run: SimpleNamespace(run=run, test={}, **content(run, gains[run.seed])) for run in runs}
+    for record in records.values():
+        record.heads = [{"parameters": 1} | head for head in record.heads]
+    return evidence(grids, records)
+
+
+def judged(number, *arguments):
+    return judge_all(made_up(number, *arguments))[number - 1]
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+@pytest.mark.parametrize("number", BUILDERS)
+def test_every_claim_has_every_verdict(number, verdict):
+    claim = judged(number, GAINS[verdict])
+    assert claim.number == number
+    assert claim.verdict == verdict
+    assert {effect.verdict for effect in claim.effects} == {verdict}
+    for effect in claim.effects:
+        scale = 0.1 if effect.name.startswith("NLL") else 1  # the tables' NLL moves by a tenth
+        if verdict == "not run":
+            assert (effect.seeds, effect.total, str(effect)) == (0, 0, "")
+            continue
+        assert effect.mean == pytest.approx(scale * np.mean(GAINS[verdict]))
+        assert effect.half == pytest.approx(scale * 4.3027 * np.std(GAINS[verdict], ddof=1) / 3**0.5, rel=1e-4)
+        assert effect.seeds == 3
+        assert effect.won == (effect.total if effect.mean > 0 else 0)
+    assert bool(claim.runs) == (verdict != "not run")
+
+
+@pytest.mark.parametrize("number", BUILDERS)
+def test_a_single_seed_is_inconclusive_and_says_so(number):
+    claim = judged(number, [2.0])
+    assert claim.verdict == "inconclusive"
+    assert "fewer than two seeds" in claim.note
+    assert claim.seeds == [0]
+
+
+@pytest.mark.parametrize("number", BUILDERS)
+def test_stand_in_data_judge_nothing(number):
+    claim = judged(number, GAINS["reproduced"], "digits")
+    assert claim.verdict == "not run" and claim.measured == "reproduced"
+    assert "stand-in data judge nothing" in claim.note
+
+
+@pytest.mark.parametrize(
+    "added, seeds, verdict",
+    [(0, SEEDS, "reproduced"), (1, SEEDS, "not reproduced"), (0, (0,), "inconclusive"), (0, (), "not run")],
+)
+def test_added_parameters(added, seeds, verdict):
+    grid = experiments.table1("paper", SEEDS)
+    own = {"mobilenet": 30, "resnet18": 110, "vgg13": 280}
+    extra = lambda run: added * (run.method == "sila")
+    records = {
+        run: SimpleNamespace(test={}, heads=[{"parameters": own[net] + extra(run)} | METRICS for net in run.nets])
+        for run in grid
+        if run.seed in seeds
+    }
+    claim = judge_all(evidence({"table1": grid}, records))[7]
+    assert claim.verdict == verdict
+    if seeds:
+        assert str(claim.effects[0]) == str(added)
+        assert claim.effects[0].total == 10  # both networks of five pairs
+
+
+METRICS = dict.fromkeys(("top1", "top2", "top5", "best", "nll"), 0.0)
+
+
+# -- the paper's own score
+
+
+def test_the_papers_own_score():
+    by_number = {claim.number: claim for claim in judge_all(claims.printed())}
+    # Tables 1 and 2: 13 rows of SiLa with four numbers; Table 3: 20 with two. Two ties and one loss, all in top-2.
+    assert (by_number[1].won, by_number[1].total) == (89, 92)
+    # SiLa+DML over SiLa has 13 rows with four numbers, over DML 16
+    both = by_number[2].effects[2:]
+    assert [(effect.won, effect.total) for effect in both] == [(50, 52), (63, 64)]
+    assert sum(effect.won for effect in both) == 113 and sum(effect.total for effect in both) == 116
+    assert (by_number[3].won, by_number[3].total) == (37, 40)
+    for number in (4, 5, 6, 7, 8):
+        assert by_number[number].total == 0
+    assert all(claim.verdict in ("inconclusive", "not run") for claim in by_number.values())  # no spread is printed
+
+
+# -- judging
+
+
+@pytest.mark.parametrize(
+    "mean, half, won, verdict",
+    [
+        (2, 1, 3, "reproduced"),
+        (2, 2, 3, "inconclusive"),  # the interval ends at zero
+        (2, 1, 2, "inconclusive"),  # only half of the cells agree
+        (-2, 1, 0, "not reproduced"),
+        (-2, 1, 3, "inconclusive"),
+        (0, 0, 0, "inconclusive"),
+    ],
+)
+def test_an_effect_needs_its_interval_and_most_signs(mean, half, won, verdict):
+    assert Effect("x", "points", mean, half, seeds=3, won=won, total=4).verdict == verdict
+
+
+def test_a_claim_needs_all_of_its_effects():
+    good, bad = [Effect("x", "", g, 0.5, seeds=3, won=g > 0, total=1) for g in (1, -1)]
+    open_, none = Effect("x", "", 0.1, 0.5, seeds=3, won=1, total=1), Effect("y", "")
+    verdict = lambda *effects: claims.Judged(1, "a claim", effects).verdict
+    assert verdict(good, good) == "reproduced"
+    assert verdict(good, bad) == verdict(open_, bad) == verdict(none, bad) == "not reproduced"
+    assert verdict(good, open_) == verdict(good, none) == verdict(open_, none) == "inconclusive"
+    assert verdict(none, none) == "not run"
+
+
+def test_cells_and_seeds_are_complete_together():
+    table = pd.DataFrame({0: [1.0, 2.0, 3.0], 1: [4.0, 5.0, 6.0], 2: [7.0, np.nan, np.nan]})
+    assert complete(table).columns.tolist() == [0, 1]  # a seed that has only begun is left out
+    table = pd.DataFrame({0: [1.0, 2.0], 1: [4.0, 5.0], 2: [np.nan, 6.0]})
+    assert complete(table).shape == (2, 2)
+    table = pd.DataFrame({0: [1.0, 2.0, np.nan], 1: [4.0, 5.0, 6.0], 2: [7.0, 8.0, 9.0]})
+    assert complete(table).shape == (2, 3)  # as large as 3 x 2, and with more seeds
+
+
+def test_a_seed_in_progress_and_a_table_that_was_not_run():
+    found = made_up(1, GAINS["reproduced"])
+    kept = {run: r for run, r in found.records.items() if run.seed < 2 or run.nets[0] == "resnet18"}
+    claim = judge_all(evidence(found.grids, kept))[0]
+    assert claim.seeds == [0, 1]
+    assert claim.effects[0].mean == pytest.approx(2.25)
+    assert claim.note == "without table2, table3"
+
+
+def test_exits_of_another_cost_are_not_compared():
+    found = made_up(5, GAINS["reproduced"])
+    for run, record in found.records.items():
+        if run.method == "sila":
+            record.heads = [head | {"macs": 2 * head["macs"]} for head in record.heads]
+    assert judge_all(found)[4].effects[0].total == 1  # the first exit costs 0 in both
+
+
+def test_two_independent_seeds_are_one_pair():
+    curves = pd.DataFrame({1: [0.0, 0.0, 0.0], 2: [50.0, 54.0, 59.0]}, index=[0, 1, 2])  # the second epoch counts
+    assert claims.tracking_null(curves).to_dict() == {0: 4, 1: 5, 2: 9}
+    assert claims.tracking_null(curves.loc[:1]).to_dict() == {0: 4}
+    assert claims.tracking_null(curves.loc[:0]).empty
+
+
+# -- over test images
+
+
+def with_predictions(run, right, log_probability):
+    labels = np.zeros(len(right), int)
+    test = {"labels": labels, "predicted_0": 1 - np.array(right), "log_probability_0": np.array(log_probability)}
+    return SimpleNamespace(run=run, test=test)
+
+
+def test_interval_over_test_images_by_hand():
+    a, b = Run(nets="resnet18", method="ind"), Run()
+    records = {
+        a: with_predictions(a, [1, 0, 0, 1], [-1, -2, -3, -4]),
+        b: with_predictions(b, [1, 1, 1, 0], [-1, -1, -1, -1]),
+    }
+    rows = [row("cell", 0, 0.0, b, a)]
+    # differences 0, 100, 100, -100: mean 25, variance (625 + 2 * 5625 + 15625) / 3
+    mean, half = over_images(rows, records, "top1")
+    assert (mean, half) == (25, pytest.approx(1.96 * (27500 / 3 / 4) ** 0.5))
+    assert over_images(rows, records, "nll")[0] == pytest.approx(1.5)
+    assert over_images(rows, records, "best") is None
+    # another data set with the same four differences halves the variance of the mean
+    c, d = replace(a, dataset="cifar10"), replace(b, dataset="cifar10")
+    records |= {c: with_predictions(c, [1, 0, 0, 1], [0] * 4), d: with_predictions(d, [1, 1, 1, 0], [0] * 4)}
+    both = over_images([*rows, row("other", 0, 0.0, d, c)], records, "top1")
+    assert both == (25, pytest.approx(half / 2**0.5))
+
+
+def test_records_without_per_image_data_have_no_such_interval():
+    claim = judged(1, GAINS["reproduced"])
+    assert all(effect.images is None and effect.over_images == "" for effect in claim.effects)
+
+
+# -- from disk
+
+
+def test_a_damaged_record_counts_as_missing(record, monkeypatch):
+    grid = lambda profile, seeds=None: [record.run]
+    monkeypatch.setattr(claims, "EXHIBITS", {"fig6": Exhibit("Tiny", grid, "00_tiny")})
+    assert claims.judge("quick")[5].left_out == ()
+    (record.path / "history.csv").write_text("damaged")
+    judged = claims.judge("quick")
+    assert judged[5].left_out == ("fig6",)
+    assert [claim.verdict for claim in judged] == ["not run"] * len(CLAIMS)
+    assert score(judged) == "claims: 8 not run"
+
+
+def test_score_in_a_line():
+    claim = lambda mean: claims.Judged(1, "", (Effect("", "", mean, 1.0, seeds=3, won=mean > 0, total=1),))
+    assert score([claim(2), claim(2), claim(0.5)]) == "claims: 2 reproduced, 1 inconclusive"
+    run = cifar_run("quick", ("resnet18",))
+    stand_in = claims.Judged(1, "", (Effect("", "", 2.0, 1.0, seeds=3, won=1, total=1, runs=(run,)),))
+    assert score([stand_in]) == "claims: 1 not run (stand-in data judge nothing)"
