@@ -35,6 +35,9 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
 AGAIN = "python -m silalib train, or ensure(), sets it aside and trains the run again"
 
+MAX_WIDTH = 100
+"""No network as wide as this fits into a machine."""
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 PAPER_MILESTONES = (30, 55, 80, 105, 135, 160, 180, 200, 220, 240)
@@ -127,6 +130,8 @@ class Run:
                 raise UserError(f"{name} must be above 0, not {value}")
             if value < 0:
                 raise UserError(f"{name} must not be negative, but is {value}")
+        if self.width > MAX_WIDTH:
+            raise UserError(f"width must be at most {MAX_WIDTH}, not {self.width}")
         if self.momentum >= 1:
             raise UserError(f"momentum must be below 1, not {self.momentum}")
         if self.betas is not None and not all(math.isfinite(b) and b >= 0 for b in self.betas):

@@ -2,8 +2,6 @@
 
 import pickle
 import struct
-import urllib.error
-import urllib.request
 from dataclasses import replace
 
 import numpy as np
@@ -16,19 +14,6 @@ from silalib.data import DATASETS, Images, Split, balanced_order, normalisation,
 from silalib.errors import MissingData, UserError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every download fails; returns the list of what was asked for."""
-    asked = []
-
-    def refuse(request, *_, **__):
-        asked.append(getattr(request, "full_url", request))
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    return asked
 
 
 # -- digits
