@@ -12,5 +12,17 @@ class MissingData(UserError):
     """A data set is not on this machine and cannot be fetched."""
 
 
+class Damaged(UserError):
+    """A file is missing or is not what was written."""
+
+    def __init__(self, path, what):
+        super().__init__(f"{path} is {'damaged' if path.exists() else 'missing'}: {what}")
+        self.path = path
+
+
+class NoRoom(UserError):
+    """Nothing can be written where the results are."""
+
+
 class Stopped(UserError):
     """Training was stopped by a signal or a budget, with everything unfinished checkpointed."""

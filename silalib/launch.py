@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import data, runs, trainer
-from .errors import MissingData, Stopped, UserError
+from .errors import Damaged, MissingData, NoRoom, Stopped, UserError
 from .models import count_macs
 from .progress import Progress, duration, numbers
 
@@ -64,7 +65,7 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
     for name, error in missing.items():
         if not data.dataset(name).prepared:
-            raise error
+            raise MissingData(f"{error}, or use --profile quick")
         rows = sum(run.dataset == name for run in pending)
         print(f"{rows} of {len(pending)} runs not run: {error}", file=sys.stderr, flush=True)
 
@@ -99,18 +100,21 @@ class Job:
         if reason := stop():
             raise Stopped(reason)
         with runs.lock(folder, wait=lambda: not stop(), message=lambda text: tell(run=run, text=text)):
+            damaged = runs.damage(run)  # of a record that another process may have written meanwhile
+            if isinstance(damaged, Damaged):
+                tell(run=run, text=f"{runs.set_aside(damaged)}: the run is trained again")
             if runs.find(run) is None:
-                failure = folder / "failed.json"
-                if failure.exists() and not self.retry:
-                    raise UserError(f"{run} failed before ({failure}); --retry trains it again")
-                failure.unlink(missing_ok=True)
+                if (failure := runs.failure(run)) and not self.retry:
+                    raise UserError(f"{run} failed before: {failure['error']}; --retry (retry=True) trains it again")
+                (folder / "failed.json").unlink(missing_ok=True)
                 hurry = self.deadline - time.time() if self.deadline and self.only_whole else None
                 torch.set_num_threads(self.threads)
                 try:
                     trainer.train(run, folder, self.device, stop, tell, hurry)
                 except trainer.Diverged as error:
-                    (folder / "checkpoint.pt").unlink(missing_ok=True)  # it may hold weights that are lost already
-                    runs.write_atomically(failure, runs.to_json({"error": str(error)}))
+                    for name in runs.CHECKPOINTS:  # they may hold weights that are lost already
+                        (folder / name).unlink(missing_ok=True)
+                    runs.write_failure(folder, error, epoch=error.epoch, step=error.step, lr=error.lr)
                     raise
             record = runs.load(run)
         seconds = record.result["provenance"]["seconds"]
@@ -123,7 +127,7 @@ def in_this_process(pending, job, workers, stopped, progress):
     try:
         for run in pending:
             outcomes[run] = attempt(job, run, stopped.is_set, progress.message)
-            settle(run, outcomes[run], progress)
+            settle(run, outcomes[run], progress, stopped)
     finally:
         torch.set_num_threads(threads)
     return outcomes
@@ -143,7 +147,7 @@ def in_workers(pending, job, workers, stopped, progress):
                 for future in [f for f in futures if f.done()]:
                     run = futures.pop(future)
                     outcomes[run] = future.result()
-                    settle(run, outcomes[run], progress)
+                    settle(run, outcomes[run], progress, stopped)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process died: out of memory (use fewer workers), or a script that calls ensure() outside of "
@@ -166,9 +170,11 @@ def drain(messages, progress):
         pass
 
 
-def settle(run, outcome, progress):
+def settle(run, outcome, progress, stopped):
     if isinstance(outcome, Stopped):
         return
+    if isinstance(outcome, NoRoom):  # for the other runs there is none either
+        stopped.set()
     progress.finish(run, f"failed: {outcome}" if isinstance(outcome, Exception) else outcome)
 
 
@@ -184,6 +190,12 @@ def attempt(job, run, stopped, tell):
         )
     except OSError as error:
         return UserError(f"{run}: {error.strerror or error} ({error.filename or 'results folder'})")
+    except Exception as error:  # whatever it is, the other runs go on
+        folder = job.folder / run.key
+        line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        with suppress(UserError, OSError):
+            runs.write_failure(folder, line, traceback=traceback.format_exc())
+        return UserError(f"{run}: {line} (an error that is not yours to mend; more in {folder / 'failed.json'})")
 
 
 def start_worker(messages, stop):
