@@ -29,7 +29,7 @@ class MobileNet(nn.Module):
 
 def conv_bn_relu(inputs, channels, kernel, stride=1, groups=1):
     conv = nn.Conv2d(inputs, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+    return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
 
 
 def mobilenet(num_classes, in_channels=3, width=1.0, stem="cifar"):
