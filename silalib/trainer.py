@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -28,6 +29,7 @@ from .models import EXITS, count_parameters
 from .paths import ROOT
 from .randomness import derive
 from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_atomically, write_record
+from .speed import Ahead, Captured, fast, own_stream, precision
 from .stream import TrainingBatches, in_batches
 
 EVAL_BATCH = 500
@@ -63,19 +65,6 @@ def build(run, slot):
         return run.network(slot)
 
 
-def precision(net, width, device):
-    """Of one network: torch.bfloat16 where the device has units for it and it pays, else torch.float32.
-
-    On a CPU it pays for wide networks without depthwise convolutions.
-    """
-    if device.type == "cuda":
-        units = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    pays = device.type == "cuda" or (net.startswith(("resnet", "vgg", "msdnet")) and width >= 0.25)
-    return torch.bfloat16 if units and pays else torch.float32
-
-
 def evaluation_batch(run, shape):
     """Images (n, H, W, C) of `shape` that are evaluated at once: 500, or fewer large ones, but never below a training
     batch, which takes more memory."""
@@ -106,39 +95,50 @@ def train(run, folder, device="auto", stop=lambda: None, progress=lambda **messa
     is not finite.
     """
     device = pick_device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    gpu = device.type == "cuda"
+    with (
+        torch.random.fork_rng(devices=[device] if gpu else []),
+        torch.backends.cudnn.flags(enabled=True, benchmark=gpu),
+        own_stream(device),
+    ):
         return Training(run, folder, device, stop, progress, hurry).finish()
 
 
 class Training:
     """The state of one run in progress."""
 
-    def __init__(self, run, folder, device, stop, progress, hurry):
-        self.run, self.folder, self.device = run, Path(folder), device
+    def __init__(self, run, folder, device, stop, progress, hurry, speed=None):
+        self.run, self.folder, self.device, self.speed = run, Path(folder), device, speed or fast(device)
         self.stop, self.progress, self.hurry = stop, progress, hurry
         self.splits, self.data_checksum = data.splits(run, device)
         self.target = self.splits["train"].labels
         self.batches = TrainingBatches(self.splits["train"].images, run.augment)
         self.eval_batch = evaluation_batch(run, self.splits["test"].images.shape)
         self.normalise = Normalise(*data.normalisation(self.splits["train"])).to(device)
-        self.nets = [build(run, slot).to(device, memory_format=torch.channels_last) for slot in range(len(run.nets))]
+        layout = torch.channels_last if self.speed.channels_last else torch.contiguous_format
+        self.nets = [build(run, slot).to(device, memory_format=layout) for slot in range(len(run.nets))]
         self.dropout = [any(isinstance(m, nn.Dropout) for m in net.modules()) for net in self.nets]
-        self.dtypes = [precision(net, run.width, device) for net in run.nets]
+        self.dtypes = [precision(net, run.width, device) if self.speed.half else torch.float32 for net in run.nets]
         self.loss = METHODS[run.method]
         self.loss_arguments = {"betas": run.betas} | ({"coupling": run.coupling} if "sila" in run.method else {})
         self.optimizer = torch.optim.SGD(
             [p for net in self.nets for p in net.parameters()],
-            lr=run.lr,
+            lr=run.lr if device.type == "cpu" else torch.tensor(run.lr, device=device),
             momentum=run.momentum,
             nesterov=run.nesterov and run.momentum > 0,
             weight_decay=run.weight_decay,
-            fused=True,
+            fused=self.speed.fused,
         )
         self.steps_per_epoch = len(self.target) // run.batch_size
         if self.steps_per_epoch == 0:
             raise UserError(f"batch size {run.batch_size} is above the {len(self.target)} training images")
         self.total = run.epochs * self.steps_per_epoch
-        self.step, self.rows, self.sums, self.seconds = 0, [], None, 0.0
+        self.step, self.rows, self.seconds = 0, [], 0.0
+        self.sums = torch.zeros(run.n_heads, len(STATISTICS), dtype=torch.float64, device=device)
+        self.calls = [torch.compile(net) for net in self.nets] if self.speed.compiled else self.nets
+        self.captured_update, self.captured_forward = self.update, self.forward
+        if self.speed.graphs:
+            self.captured_update, self.captured_forward = Captured(self.update), Captured(self.forward)
         self.saving, self.parts = 0.0, []
         self.resume()
         part = self.here()
@@ -149,7 +149,7 @@ class Training:
 
     def finish(self):
         started = self.saved = self.reported = time.monotonic()
-        first, before = self.step, self.seconds
+        first, before, ahead = self.step, self.seconds, Ahead(self.device)
         while self.step < self.total:
             epoch, i = divmod(self.step, self.steps_per_epoch)
             if i == 0 or self.step == first:
@@ -160,52 +160,61 @@ class Training:
             batch = slice(i * self.run.batch_size, (i + 1) * self.run.batch_size)
             self.one_step(*(part[batch] for part in plan))
             self.step += 1
+            ahead.step()
             self.seconds = before + time.monotonic() - started
             if i + 1 == self.steps_per_epoch:
-                self.end_of_epoch(epoch, time.monotonic() - epoch_started)
+                self.end_of_epoch(epoch, epoch_started)
                 self.seconds = before + time.monotonic() - started
             self.pause(first, started)
         return self.write()
 
     def one_step(self, index, offset, flip, *choices):
+        """One batch. What depends on the number of the step is set here; `update` is the same work in every step."""
+        for group in self.optimizer.param_groups:
+            lr = learning_rate(self.run, self.step, self.steps_per_epoch)
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self.device.type == "cuda" and any(self.dropout):
+            # one seed a step: a captured graph takes it when it is replayed, and Net1's masks are drawn first
+            torch.cuda.manual_seed(derive(self.run.seed, "dropout", self.step))
+        self.captured_update(self.batches.crop_flip(index, offset, flip), self.target[index], *choices)
+
+    def update(self, images, target, *choices):
         """Equation 10 on one batch: forward of every network, one loss, one backward, one update."""
-        images = self.batches.crop_flip(index, offset, flip)
         if choices:
             images = autoaugment(images, *choices)
-        target = self.target[index]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.run, self.step, self.steps_per_epoch)
         self.optimizer.zero_grad()
         logits = self.forward(images, training=True)
         for z in logits:
             z.retain_grad()
         self.loss(logits, target, **self.loss_arguments).backward()
         self.optimizer.step()
-        sums = statistics([z.detach() for z in logits], [z.grad for z in logits], target)
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.sums += statistics([z.detach() for z in logits], [z.grad for z in logits], target)
 
     def forward(self, images, training=False, slots=None):
         """float32 logits (B, N) of every head for uint8 images (B, H, W, C); of the slots asked for, or all."""
         x = self.normalise(images.permute(0, 3, 1, 2))
         logits = []
         for slot in range(len(self.nets)) if slots is None else slots:
-            net = self.nets[slot]
-            net.train(training)
-            if training and self.dropout[slot]:
+            self.nets[slot].train(training)
+            if training and self.dropout[slot] and self.device.type == "cpu":
                 torch.manual_seed(derive(self.run.seed, "dropout", slot, self.step))
             with torch.autocast(self.device.type, self.dtypes[slot], enabled=self.dtypes[slot] != torch.float32):
-                z = net(x)
+                z = self.calls[slot](x)
             logits += z if isinstance(z, tuple) else [z]
         return [z.float() for z in logits]
 
-    def end_of_epoch(self, epoch, seconds_train):
+    def end_of_epoch(self, epoch, epoch_started):
+        means = (self.sums / self.steps_per_epoch).tolist()  # here the host waits for the device
+        self.sums.zero_()
         began = time.monotonic()
-        means = (self.sums / self.steps_per_epoch).tolist()
-        self.sums = None
         lr = learning_rate(self.run, self.step - 1, self.steps_per_epoch)
-        test = [metrics.summary(z, self.splits["test"].labels) for z in self.predict(self.splits["test"].images)]
-        norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt().item() for net in self.nets]
-        seconds_test = time.monotonic() - began
+        test = metrics.summaries(self.predict(self.splits["test"].images), self.splits["test"].labels)
+        norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets]
+        norms = torch.stack(norms).tolist()
+        seconds_train, seconds_test = began - epoch_started, time.monotonic() - began
         for head, values in enumerate(means):
             self.rows.append(
                 {"epoch": epoch + 1, "head": head, "lr": lr}
@@ -221,7 +230,8 @@ class Training:
     @torch.no_grad()
     def predict(self, images, slots=None):
         """float32 logits (n, N) of every head, in evaluation mode."""
-        batches = [self.forward(batch, slots=slots) for batch in in_batches(images, self.eval_batch)]
+        forward = self.captured_forward if slots is None else partial(self.forward, slots=slots)
+        batches = [forward(batch) for batch in in_batches(images, self.eval_batch)]
         return [torch.cat(head) for head in zip(*batches)]
 
     # -- interruption
@@ -292,10 +302,13 @@ class Training:
         try:
             for net, weights in zip(self.nets, state["nets"]):
                 net.load_state_dict(weights)
-            self.optimizer.load_state_dict(state["optimizer"])
+            own = self.optimizer.state_dict()["param_groups"]  # whose learning rate is of this device's kind
+            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": own})
         except (RuntimeError, ValueError, KeyError):
             raise UserError(f"{path} is of another version of its networks: delete it to start anew") from None
-        self.step, self.rows, self.sums, self.seconds = (state[k] for k in ("step", "rows", "sums", "seconds"))
+        self.step, self.rows, self.seconds = (state[k] for k in ("step", "rows", "seconds"))
+        if state["sums"] is not None:
+            self.sums = state["sums"]
         self.parts = state["parts"]
         self.report(resumed=True)
 
@@ -476,26 +489,25 @@ def statistics(logits, gradients, target):
     NLL and top-1 of the head alone; z_y, alpha (equation 4), s and mean |s_c - s_k| to the peers (NaN without one);
     |dL_cross/dz_y| = 1 - p_y of equation 5; and |dL/dz_y| of the loss that is really trained, per sample.
     """
-    s = torch.stack([z.logsumexp(1) for z in logits])
-    peers = len(logits) - 1
-    rows = []
-    for c, (z, gradient) in enumerate(zip(logits, gradients)):
-        z_y = z.gather(1, target[:, None])[:, 0]
-        nll = s[c] - z_y
-        gap = (s - s[c]).abs().sum(0) / peers if peers else torch.full_like(nll, torch.nan)
-        rows.append(
-            [
-                nll,
-                100 * metrics.in_top_k(z, target, 1),
-                z_y,
-                metrics.wrong_logsumexp(z, target),
-                s[c],
-                gap,
-                -torch.expm1(-nll),
-                gradient.gather(1, target[:, None])[:, 0].abs() * len(target),
-            ]
-        )
-    return torch.stack([torch.stack([v.double().mean() for v in row]) for row in rows])
+    heads, batch = len(logits), len(target)
+    z, gradient = torch.cat(logits), torch.cat(gradients)  # all heads at once: few operations, whatever their number
+    target = target.repeat(heads)
+    s = z.logsumexp(1)
+    z_y = z.gather(1, target[:, None])[:, 0]
+    nll = s - z_y
+    by_head = s.view(heads, batch)
+    gap = (by_head - by_head[:, None]).abs().sum(1) / (heads - 1)  # 0/0 without a peer
+    rows = [
+        nll,
+        100 * metrics.in_top_k(z, target, 1),
+        z_y,
+        metrics.wrong_logsumexp(z, target),
+        s,
+        gap.flatten(),
+        -torch.expm1(-nll),
+        gradient.gather(1, target[:, None])[:, 0].abs() * batch,
+    ]
+    return torch.stack([row.view(heads, batch).double().mean(1) for row in rows], 1)
 
 
 def per_image(logits, target):

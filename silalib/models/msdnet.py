@@ -50,8 +50,7 @@ def as_one(bottlenecks, x):
         return [chain(bottlenecks[0], x)]
     convolutions, norms, _ = zip(*bottlenecks)
     mean, variance, weight, bias = (
-        torch.cat([getattr(norm, name) for norm in norms])
-        for name in ("running_mean", "running_var", "weight", "bias")
+        torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
     )
     x = F.conv2d(x, torch.cat([convolution.weight for convolution in convolutions]))
     x = F.batch_norm(x, mean, variance, weight, bias, True, norms[0].momentum, norms[0].eps)
