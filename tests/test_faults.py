@@ -629,3 +629,12 @@ def test_a_read_only_results_folder_is_one_line(exhibit, monkeypatch, counts, ca
         assert "cannot write to /proc/self" in error and "Traceback" not in error
         assert "set SILALIB_RESULTS to a folder of yours" in error.splitlines()[-1]
         counts["inputs refused"] += 1
+
+
+def test_the_records_of_this_project_are_what_was_written():
+    sealed = list(ROOT.glob("results/*/runs/*/result.sha256"))
+    assert sealed
+    for path in sealed:
+        result = runs.read_sealed(path.with_name("result.json"))
+        for name in set(result["files"]) - {"weights.safetensors"}:
+            assert runs.sha256(path.with_name(name).read_bytes()) == result["files"][name]
