@@ -135,8 +135,9 @@ def report(options):
             code = 1
     names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
     code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
-    if damaged := [run for grid in grids(options).values() for run in grid if state(run) == "damaged"]:
-        print(f"silalib: error: {len(set(damaged))} runs have a damaged record, see `status`", file=sys.stderr)
+    shown = dict.fromkeys(run for grid in grids(options).values() for run in grid)
+    if damaged := sum(state(run) == "damaged" for run in shown):
+        print(f"silalib: error: {damaged} runs have a damaged record, see `status`", file=sys.stderr)
         code = 1
     return code
 
@@ -148,9 +149,9 @@ def status(options):
     from .runs import damage, failure, find, load, state
 
     labels = ("done", "running", "started", "pending", "failed", "damaged")
-    rows, speeds, left, reasons = [], [], {}, {}
+    rows, speeds, left, reasons, known = [], [], {}, {}, {}
     for name, grid in grids(options).items():
-        states = {run: state(run) for run in grid}
+        states = {run: known.get(run) or known.setdefault(run, state(run)) for run in grid}
         rows.append((name, [list(states.values()).count(label) for label in labels]))
         for run, label in states.items():
             if label == "done" and find(run).parent.parent.name == options.profile:

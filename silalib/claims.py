@@ -65,9 +65,9 @@ class Effect:
 
     @property
     def over_images(self):
-        """The interval over test images, as text; "" where there are no per-image data."""
+        """The interval over test images, as text without the unit; "" where there are no per-image data."""
         digits = 4 if self.unit in ("ratio", "nats") else 2
-        return f"{summary.plus_minus(*self.images, digits, signed=True)} {self.unit}" if self.images else ""
+        return summary.plus_minus(*self.images, digits, signed=True) if self.images else ""
 
 
 @dataclass(frozen=True)

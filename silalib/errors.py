@@ -16,8 +16,12 @@ class Damaged(UserError):
     """A file is missing or is not what was written."""
 
     def __init__(self, path, what):
-        super().__init__(f"{path} is {'damaged' if path.exists() else 'missing'}: {what}")
+        super().__init__(path, what)  # what pickle makes it of again, in another process
         self.path = path
+        self.line = f"{path} is {'damaged' if path.exists() else 'missing'}: {what}"
+
+    def __str__(self):
+        return self.line
 
 
 class NoRoom(UserError):

@@ -240,16 +240,23 @@ def write_index(profile, seeds=None):
     cards = []
     for stem, (title, _) in NOTEBOOKS.items():
         path = folder / f"{stem}.html"
-        content = path.read_text(encoding="utf-8") if path.exists() else ""
-        if '<meta name="card"' not in content:
-            content = plain_page(stem, profile, "not built")
-            runs.write_atomically(path, content.encode())
-        card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+        try:
+            card, image, content = read_page(path)
+        except (OSError, ValueError, TypeError):  # not there, or damaged
+            runs.write_atomically(path, plain_page(stem, profile, "not built").encode())
+            card, image, content = read_page(path)
         first_table = re.search(r"<table.*?</table>", content, re.DOTALL)
-        cards.append({"stem": stem, "title": title, "image": thumbnail(content), "table": first_table, **card})
+        cards.append({"stem": stem, "title": title, "image": image, "table": first_table, **card})
     score = claims.score(claims.judge(profile, seeds))
     index = template("index").render(profile=profile, cards=cards, score=score)
     runs.write_atomically(folder / "index.html", index.encode())
+
+
+def read_page(path):
+    """What the index says of a page, its thumbnail, and all of it."""
+    content = path.read_text(encoding="utf-8")
+    card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+    return card, thumbnail(content), content
 
 
 def thumbnail(content, width=480):

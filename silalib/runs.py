@@ -305,7 +305,7 @@ def read_sealed(path, what=AGAIN, required=True):
         names = [name for name in ("run.json", path.name) if f"  {name}\n".encode() in written]
         expected = [f"{sha256(read_bytes(path.with_name(name), what))}  {name}\n" for name in names]
         if path.name not in names or "".join(expected).encode() != written:
-            raise Damaged(path, what)
+            raise Damaged(path if path.name in names else seal, what)
     try:
         return json.loads(content)
     except ValueError:

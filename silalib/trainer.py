@@ -47,8 +47,11 @@ class Diverged(UserError):
     """The loss became infinite or not a number: in this epoch (from 1), after so many steps, at this learning rate."""
 
     def __init__(self, run, epoch, step, lr):
-        super().__init__(f"{run}: the loss is not finite in epoch {epoch}, step {step}, lr {lr:g}")
-        self.epoch, self.step, self.lr = epoch, step, lr
+        super().__init__(run, epoch, step, lr)  # what pickle makes it of again, in another process
+        self.run, self.epoch, self.step, self.lr = run, epoch, step, lr
+
+    def __str__(self):
+        return f"{self.run}: the loss is not finite in epoch {self.epoch}, step {self.step}, lr {self.lr:g}"
 
 
 def learning_rate(run, step, steps_per_epoch):

@@ -22,7 +22,7 @@ from test_folders import in_this_process, tree  # noqa: F401
 from silalib import data, experiments, launch, report, runs, trainer
 from silalib.__main__ import main
 from silalib.data import DATASETS
-from silalib.errors import Damaged, MissingData, Stopped, UserError
+from silalib.errors import Damaged, MissingData, NoRoom, Stopped, UserError
 from silalib.losses import siamese_labels
 from silalib.paths import ROOT
 from silalib.runs import Run, damage, ensure, failure, find, load_folder, set_aside, state
@@ -87,7 +87,8 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_been(
     while survived < kills:
         folder, log, attempt = tmp_path / f"run{attempt}", tmp_path / f"run{attempt}.log", attempt + 1
         while True:
-            saved = trainer.read_checkpoint(folder / "checkpoint.pt", "cpu")["step"] if has_checkpoint(folder) else 0
+            saved = [trainer.read_checkpoint(folder / n, "cpu") for n in runs.CHECKPOINTS if (folder / n).exists()]
+            saved = saved[0]["step"] if saved else 0
             before = len(steps(log))
             assert before == 0 or saved >= steps(log)[-1][1]  # no more is lost than the step that was in progress
             process = processes(killable.train, folder, log, CHANGES)
@@ -97,18 +98,15 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_been(
             process.join()
             begun = [step for _, step in steps(log)[before:]]
             assert begun == list(range(saved, saved + len(begun))), SEED  # only what is left
-            if process.exitcode == 0:
+            if process.exitcode != 0:
+                assert process.exitcode == -signal.SIGKILL
+                survived += 1
+                counts["kills survived"] += 1
+            if (folder / "result.json").exists():
                 break
-            assert process.exitcode == -signal.SIGKILL
-            survived += 1
-            counts["kills survived"] += 1
         assert comparable(load_folder(tiny(**CHANGES), folder)) == whole, SEED
         with runs.lock(folder, wait=lambda: False):  # which removes what a killed process was writing
-            assert not [path.name for path in folder.iterdir() if path.suffix in (".tmp", ".pt")]
-
-
-def has_checkpoint(folder):
-    return (folder / "checkpoint.pt").exists() and not (folder / "result.json").exists()
+            assert not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -325,6 +323,22 @@ def test_what_is_damaged_is_set_aside_and_the_run_unfinished(record):
         assert state(record.run) == "done"
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'<meta name="card" content="{">', b"<p>nothing</p>"])
+def test_a_damaged_page_counts_as_not_built(content, results):
+    folder = results / "quick" / "report"
+    folder.mkdir(parents=True)
+    (folder / "01_table1_cifar100.html").write_bytes(content)
+    report.write_index("quick")
+    assert "has not been built" in (folder / "01_table1_cifar100.html").read_text()
+
+
+def test_errors_come_back_from_a_worker_process(tiny, tmp_path):
+    for error in (Damaged(tmp_path, "mend it"), trainer.Diverged(tiny(), 1, 2, 0.1), NoRoom("full"), Stopped("now")):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error)
+        assert again._render_traceback_() == [f"{type(error).__name__}: {error}"]
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_a_damaged_checkpoint_leaves_the_one_before_it(both, tiny, comparable, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", -1)
@@ -411,7 +425,8 @@ def test_a_run_that_goes_on_elsewhere_says_where_it_was(tiny, tmp_path, monkeypa
 
 @pytest.fixture
 def exhibit(tiny, monkeypatch):
-    """An exhibit of two seeds, in this process; exhibit(**changes of both)."""
+    """An exhibit of two seeds, in this process, on one core; exhibit(**changes of both)."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
 
     def make(**changes):
         grid = lambda profile="quick", seeds=None: [tiny(**changes | {"seed": seed}) for seed in seeds or (0, 1)]
@@ -614,3 +629,12 @@ def test_a_read_only_results_folder_is_one_line(exhibit, monkeypatch, counts, ca
         assert "cannot write to /proc/self" in error and "Traceback" not in error
         assert "set SILALIB_RESULTS to a folder of yours" in error.splitlines()[-1]
         counts["inputs refused"] += 1
+
+
+def test_the_records_of_this_project_are_what_was_written():
+    sealed = list(ROOT.glob("results/*/runs/*/result.sha256"))
+    assert sealed
+    for path in sealed:
+        result = runs.read_sealed(path.with_name("result.json"))
+        for name in set(result["files"]) - {"weights.safetensors"}:
+            assert runs.sha256(path.with_name(name).read_bytes()) == result["files"][name]

@@ -531,7 +531,7 @@ def test_curvature(record):
 
 def test_what_was_not_asked_for_is_not_there(tiny, tmp_path):
     record = trainer.train(tiny(nets=("mobilenet",), method="ind", epochs=1), tmp_path / "run", "cpu")
-    assert set(record.result["files"]) == {"history.csv", "test.npz", "weights.safetensors"}
+    assert set(record.result["files"]) == {"history.csv", "test.npz", "weights.safetensors", "run.json"}
     assert "curvature" not in record.heads[0]
     for name in ("noise", "features"):
         with pytest.raises(UserError, match="was not asked for it"):
