@@ -6,6 +6,7 @@ cross-entropy of each network over the concatenated logits.
 """
 
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class Reference:
             [p for net in self.nets for p in net.parameters()],
             lr=run.lr, momentum=run.momentum, nesterov=run.nesterov, weight_decay=run.weight_decay,
         )  # fmt: skip
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as people do
         self.loader = DataLoader(
             Pictures(images, labels), run.batch_size, shuffle=True, drop_last=True, num_workers=4,
             pin_memory=device.type == "cuda", persistent_workers=True,
