@@ -32,7 +32,7 @@ QUICK_LONGER = dict(epochs=6, warmup=1.0, gamma=0.75)
 
 QUICK_TABLE3 = {
     "vgg19": dict(epochs=8),
-    "resnet34": dict(epochs=4, warmup=0.25, gamma=0.85),
+    "resnet34": dict(epochs=4, warmup=0.25, gamma=0.8),
     "wrn16_10": dict(width=0.0625, lr=0.2, gamma=0.85),
     "densenet121": dict(width=0.0625, lr=0.2, gamma=0.85),
 }
@@ -65,7 +65,8 @@ def cifar_run(profile, nets, **changes):
     """One training of Tables 1, 2 and 3 at a profile."""
     settings = {
         "quick": dict(
-            dataset="digits", train_size=512, batch_size=32, epochs=4, warmup=0.25, width=0.125, augment="none", gamma=0.8
+            dataset="digits", train_size=512, batch_size=32, epochs=4, warmup=0.25, gamma=0.8, width=0.125,
+            augment="none",
         ),
         "small": dict(train_size=10000, width=0.25, epochs=30, gamma=0.7),
         "short": dict(epochs=26),
