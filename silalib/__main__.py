@@ -1,7 +1,7 @@
 """The command line: python -m silalib train|status|report|data.
 
-Exit status: 0 all done, 75 stopped by the budget or a signal with work left, 1 a run or a page failed or data are
-missing, 2 wrong usage.
+Exit status: 0 all done, 75 stopped by the budget or a signal with work left, 1 a run or a page failed or data could
+not be downloaded, 2 wrong usage.
 """
 
 import argparse
@@ -136,7 +136,10 @@ def report(options):
     names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
     code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
     shown = dict.fromkeys(run for grid in grids(options).values() for run in grid)
-    if damaged := sum(state(run) == "damaged" for run in shown):
+    states = [state(run) for run in shown]
+    if missing := len(states) - states.count("done"):
+        print(f"{missing} of {len(states)} runs not run; the pages say what is missing", file=sys.stderr)
+    if damaged := states.count("damaged"):
         print(f"silalib: error: {damaged} runs have a damaged record, see `status`", file=sys.stderr)
         code = 1
     return code

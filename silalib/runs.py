@@ -74,7 +74,7 @@ class Run:
     noise_sigmas: int = 10
     noise_draws: int = 10
     hessian_images: int = 0  # training images for the largest Hessian eigenvalue at the end; 0 leaves it out
-    blocks: int | None = None  # of an MSDNet, so many of its first blocks; None for all
+    blocks: int | None = None  # of an MSDNet: its own network of so many blocks; None for all
 
     def __post_init__(self):
         nets = (self.nets,) if isinstance(self.nets, str) else self.nets

@@ -133,7 +133,10 @@ def scaled(number, factors):
 
 
 BLOCKS = {"msdnet_anytime": (4, 2, 2, 2, 2, 2, 2), "msdnet_budgeted": (1, 2, 3, 4, 5), "msdnet_imagenet": (4,) * 5}
-"""Network -> the dense layers of each block; a network with fewer blocks has the first of them."""
+"""Network -> the dense layers of each block.
+
+A network with fewer blocks has as many layers in each as here, but drops its scales earlier, since there are fewer
+layers in all: it is a network of its own, and its exits cost less than the first ones of the whole."""
 
 
 def layers_of(name, blocks):
