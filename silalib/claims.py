@@ -277,8 +277,8 @@ def exits(found):
     rows = []
     for cell, pairs in networks.items():
         done = [pair for pair in pairs if all(run in found.records for run in pair)]
-        curves = [[early_exit.budgeted(found.records[run]) for run in runs] for runs in zip(*done)]
-        gains = dict(zip(done, early_exit.gains_at_equal_costs(*curves).mean(axis=1))) if done else {}
+        curves, baselines = ([early_exit.budgeted(found.records[pair[i]]) for pair in done] for i in (0, 1))
+        gains = dict(zip(done, early_exit.gains_at_equal_costs(curves, baselines).mean(axis=1)))
         rows += [row(cell, pair[0].seed, gains.get(pair, np.nan), *pair) for pair in pairs]
     yield effect("top-1 of each network at equal average costs, budgeted", "points", rows)
 

@@ -167,13 +167,14 @@ def at_costs(curve, costs):
 def gains_at_equal_costs(curves, baselines, points=50):
     """The gains in top-1 (points) of curves over others, paired by seed; shape (seeds, points).
 
-    The costs are the same for all seeds of a network: evenly spaced where all of its curves reach. NaN where there is
-    no cost that all reach.
+    The costs are the same for all seeds of a network: evenly spaced where all of its curves reach. Shape
+    (0, points) without curves, or without a cost that all reach.
     """
     every = [*curves, *baselines]
-    lowest, highest = max(curve["macs"].min() for curve in every), min(curve["macs"].max() for curve in every)
+    lowest = max((curve["macs"].min() for curve in every), default=np.inf)
+    highest = min((curve["macs"].max() for curve in every), default=-np.inf)
     if lowest > highest:
-        return np.full((len(curves), points), np.nan)
+        return np.empty((0, points))
     costs = np.linspace(lowest, highest, points)
     return np.array([at_costs(curve, costs) - at_costs(other, costs) for curve, other in zip(curves, baselines)])
 

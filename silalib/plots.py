@@ -36,8 +36,7 @@ def gains(rows, methods, title):
     ax.set_yticks(range(len(names)), [f"{pair}, Net{net}" for pair, net in names])
     ax.invert_yaxis()
     ax.set_xlabel("gain in top-1 over IND (percentage points)")
-    shown = top1.loc[top1["method"] != LABELS["ind"], "gain_n"]
-    ax.set_title(f"{title}{summary.seeds(shown, ', ')}", loc="right")
+    ax.set_title(f"{title}{summary.seeds(top1['gain_n'], ', ')}", loc="right")
     fig.legend(loc="outside lower center", ncols=len(methods) + 1)
     return fig
 

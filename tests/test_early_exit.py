@@ -381,4 +381,5 @@ def test_gains_at_equal_costs_by_hand():
     gains = early_exit.gains_at_equal_costs([curve, higher], [baseline, short], 3)
     assert gains.tolist() == [[5, 2.5, 0], [3, 3, 3]]
     apart = pd.DataFrame({"macs": [200, 300], "top1": [1, 2]})
-    assert np.isnan(early_exit.gains_at_equal_costs([curve], [apart], 3)).all()
+    assert early_exit.gains_at_equal_costs([curve], [apart], 3).shape == (0, 3)
+    assert early_exit.gains_at_equal_costs([], [], 3).shape == (0, 3)
