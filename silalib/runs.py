@@ -165,6 +165,10 @@ class Run:
         """How many heads a loss sees: the networks, or the exits of one network."""
         return self.blocks or EXITS.get(self.nets[0], len(self.nets))
 
+    def slot(self, head):
+        """The slot of the network that a head belongs to; all exits of an MSDNet belong to slot 0."""
+        return min(head, len(self.nets) - 1)
+
     def network(self, slot):
         """A new network of one slot, with initial weights from torch's generator."""
         spec = dataset(self.dataset)
