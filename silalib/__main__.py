@@ -5,6 +5,7 @@ missing, 2 wrong usage.
 """
 
 import argparse
+import os
 import re
 import sys
 
@@ -90,18 +91,20 @@ def grids(options):
 
 def train_missing(options):
     """Train every run of the exhibits asked for; returns how many have a record, and how many runs there are."""
+    from . import torchrun
     from .runs import ensure
 
     runs = list(dict.fromkeys(run for grid in grids(options).values() for run in grid))
-    records = ensure(
-        runs,
-        options.profile,
-        device=options.device,
-        workers=options.workers,
-        budget=options.budget,
-        only_whole=options.only_whole,
-        retry=options.retry,
-    )
+    with torchrun.leading(options.device):
+        records = ensure(
+            runs,
+            options.profile,
+            device=options.device,
+            workers=options.workers,
+            budget=options.budget,
+            only_whole=options.only_whole,
+            retry=options.retry,
+        )
     return len(records), len(runs)
 
 
@@ -156,6 +159,17 @@ def status(options):
     return 0
 
 
+def follow(options):
+    """In the processes of torchrun but the first: take part in its training, if it trains; their exit status."""
+    from . import torchrun
+
+    if not torchrun.follows():
+        return None
+    if "retry" in options and not getattr(options, "no_train", False):
+        torchrun.follow(options.device)
+    return 0
+
+
 def fetch_data(options):
     from . import data, folders
 
@@ -188,6 +202,8 @@ def fetch_data(options):
 def main(arguments=None):
     options = parser().parse_args(arguments)
     try:
+        if "RANK" in os.environ and (code := follow(options)) is not None:
+            return code
         return options.action(options)
     except Stopped as error:
         print(f"silalib: {error}", file=sys.stderr)

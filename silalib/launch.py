@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import data, runs, trainer
+from . import data, runs, torchrun, trainer
 from .errors import MissingData, Stopped, UserError
 from .models import count_macs
 from .progress import Progress, duration, numbers
@@ -38,8 +38,13 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
     here = [run for run in pending if run.dataset not in missing]
     if budget is None:  # the longest first, so that no worker is left with a long one at the end
         here.sort(key=cost, reverse=True)
-    at_once = workers or (cpu_cores() if device.type == "cpu" else 1)
-    workers = min(at_once, len(here))
+    if torchrun.size() > 1:
+        if workers:
+            raise UserError("torchrun's processes train the runs together, one after the other: leave out --workers")
+        workers, at_once = 1, torchrun.local_size()
+    else:
+        at_once = workers or (cpu_cores() if device.type == "cpu" else 1)
+        workers = min(at_once, len(here))
     job = Job(
         folder,
         str(device),
@@ -107,7 +112,8 @@ class Job:
                 hurry = self.deadline - time.time() if self.deadline and self.only_whole else None
                 torch.set_num_threads(self.threads)
                 try:
-                    trainer.train(run, folder, self.device, stop, tell, hurry)
+                    train = torchrun.train if torchrun.size() > 1 else trainer.train
+                    train(run, folder, self.device, stop, tell, hurry)
                 except trainer.Diverged as error:
                     (folder / "checkpoint.pt").unlink(missing_ok=True)  # it may hold weights that are lost already
                     runs.write_atomically(failure, runs.to_json({"error": str(error)}))

@@ -281,8 +281,8 @@ def write_record(run, folder, result, files):
     write_atomically(folder / "run.json", to_json({"protocol": PROTOCOL, "config": run.config}))
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     write_atomically(folder / "result.json", to_json({**result, "files": sums}))
-    for leftover in ("checkpoint.pt", "failed.json"):
-        (folder / leftover).unlink(missing_ok=True)
+    for leftover in (*folder.glob("checkpoint*.pt"), folder / "failed.json"):
+        leftover.unlink(missing_ok=True)
     return load_folder(run, folder)
 
 
