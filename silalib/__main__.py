@@ -56,6 +56,9 @@ def parser():
         sub.add_argument(
             "--only-whole", action="store_true", help="with --budget: train no run that would not end in it"
         )
+        sub.add_argument("--backend", default="local", choices=["local", "ray"], help="ray: the runs on a Ray cluster")
+        sub.add_argument("--ray-address", help="default: RAY_ADDRESS, the cluster on this machine, or a new one")
+        sub.add_argument("--gpus-per-run", type=float, help="of the Ray cluster's, 1 by default; 0.5 shares one")
         sub.add_argument("--retry", action="store_true", help="train runs again that failed before")
 
     sub = command("train", "train what an exhibit is missing", train)
@@ -104,6 +107,9 @@ def train_missing(options):
             budget=options.budget,
             only_whole=options.only_whole,
             retry=options.retry,
+            backend=options.backend,
+            ray_address=options.ray_address,
+            gpus_per_run=options.gpus_per_run,
         )
     return len(records), len(runs)
 
