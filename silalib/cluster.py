@@ -5,7 +5,9 @@ does not sends the record, or the checkpoint of a stopped run, back through Ray,
 """
 
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -66,8 +68,10 @@ def connected(ray, address):
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        if address and (place := re.fullmatch(r"([\w.-]+):(\d+)", address)):  # Ray itself would try for minutes
+            socket.create_connection((place[1], int(place[2])), timeout=5).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or ["no answer"])[0]
         raise UserError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
     try:
