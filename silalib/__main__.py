@@ -7,9 +7,10 @@ missing, 2 wrong usage.
 import argparse
 import os
 import re
+import signal
 import sys
 
-from .errors import MissingData, Stopped, UserError
+from .errors import Stopped, UserError
 
 STOPPED = 75
 """EX_TEMPFAIL: start again to go on."""
@@ -32,12 +33,17 @@ def at_least(lowest):
     return whole_number
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; --help tells more\n")
+
+
 def parser():
     from .experiments import EXHIBITS, PROFILES
 
-    top = argparse.ArgumentParser(
-        prog="python -m silalib", description="Siamese Labels Auxiliary Learning, reproduced."
-    )
+    top = Parser(prog="python -m silalib", description="Siamese Labels Auxiliary Learning, reproduced.")
     commands = top.add_subparsers(dest="command", required=True)
 
     def command(name, text, action):
@@ -125,6 +131,7 @@ def train(options):
 def report(options):
     from . import report as pages
     from .experiments import EXHIBITS
+    from .runs import state
 
     code = 0
     if not options.no_train:
@@ -136,29 +143,40 @@ def report(options):
             print(f"silalib: {error}", file=sys.stderr)
             code = 1
     names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
-    return pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
+    code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
+    shown = dict.fromkeys(run for grid in grids(options).values() for run in grid)
+    if damaged := sum(state(run) == "damaged" for run in shown):
+        print(f"silalib: error: {damaged} runs have a damaged record, see `status`", file=sys.stderr)
+        code = 1
+    return code
 
 
 def status(options):
     from . import claims
     from .launch import cost
     from .progress import duration
-    from .runs import find, load, state
+    from .runs import damage, failure, find, load, state
 
     labels = ("done", "running", "started", "pending", "failed", "damaged")
-    rows, speeds, left = [], [], {}
+    rows, speeds, left, reasons, known = [], [], {}, {}, {}
     for name, grid in grids(options).items():
-        states = {run: state(run) for run in grid}
+        states = {run: known.get(run) or known.setdefault(run, state(run)) for run in grid}
         rows.append((name, [list(states.values()).count(label) for label in labels]))
         for run, label in states.items():
             if label == "done" and find(run).parent.parent.name == options.profile:
                 speeds.append(load(run).result["provenance"]["seconds"] / cost(run))
             elif label != "damaged":
                 left[run] = cost(run)
+            if label == "failed" and (found := failure(run)):
+                reasons[run] = f"failed: {found['error']} (--retry trains it again)"
+            elif label == "damaged":
+                reasons[run] = f"damaged: {damage(run)}"
     print(f"profile {options.profile}; {claims.score(claims.judge(options.profile, options.seeds))}")
     print(f"{'':10}" + "".join(f"{label:>9}" for label in labels))
     for name, counts in rows:
         print(f"{name:10}" + "".join(f"{count or '-':>9}" for count in counts))
+    for reason in reasons.values():
+        print(reason)
     if left and speeds:
         each = sum(left.values()) * sum(speeds) / len(speeds)
         print(f"about {duration(each)} left for one worker, at the speed at which {len(speeds)} finished runs trained")
@@ -206,16 +224,19 @@ def fetch_data(options):
 
 
 def main(arguments=None):
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         if "RANK" in os.environ and (code := follow(options)) is not None:
             return code
         return options.action(options)
     except Stopped as error:
         print(f"silalib: {error}", file=sys.stderr)
         return STOPPED
-    except (UserError, MissingData) as error:
+    except UserError as error:
         print(f"silalib: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"silalib: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("silalib: interrupted; start again to go on", file=sys.stderr)
@@ -223,4 +244,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also before training looks after both signals itself
     sys.exit(main())

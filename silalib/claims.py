@@ -65,9 +65,9 @@ class Effect:
 
     @property
     def over_images(self):
-        """The interval over test images, as text; "" where there are no per-image data."""
+        """The interval over test images, as text without the unit; "" where there are no per-image data."""
         digits = 4 if self.unit in ("ratio", "nats") else 2
-        return f"{summary.plus_minus(*self.images, digits, signed=True)} {self.unit}" if self.images else ""
+        return summary.plus_minus(*self.images, digits, signed=True) if self.images else ""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def every_cell(found):
     """Claim 1: SiLa over IND in every metric that the tables print."""
     better = gains(found.tables, "sila", "ind")
     for metric, title in summary.METRICS.items():
-        if (found.tables["metric"] == metric).any() or metric == "top1":
+        if metric == "top1" or (better["metric"] == metric).any():
             unit = "nats" if metric == "nll" else "points"
             yield table_effect(f"{title}, SiLa over IND", unit, better[better["metric"] == metric], found, metric)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import data, runs
-from .errors import UserError
+from .errors import Damaged, UserError
 
 DEATHS = 3
 """How many workers or machines may die under a run before it counts as failed."""
@@ -134,15 +134,15 @@ def follow(ray, pending, job, workers, stopped, progress, marker, gpus):
             ray.get(mailbox.stop.remote())
         while waiting and len(futures) < (workers or len(pending)):
             run = waiting.pop(0)
-            checkpoint = job.folder / run.key / "checkpoint.pt"
-            content = checkpoint.read_bytes() if checkpoint.exists() else None
-            futures[task.remote(job, run, environment, marker, content, mailbox)] = run
+            left = [job.folder / run.key / name for name in (*runs.CHECKPOINTS, "failed.json")]
+            left = {path.name: path.read_bytes() for path in left if path.exists()}
+            futures[task.remote(job, run, environment, marker, left, mailbox)] = run
         done, _ = ray.wait(list(futures), timeout=LISTEN_SECONDS) if futures else ([], [])
         hand_on(ray.get(mailbox.collect.remote()), progress)
         for future in done:
             run = futures.pop(future)
             outcomes[run] = outcome(ray, future, run, job.folder / run.key)
-            settle(run, outcomes[run], progress)
+            settle(run, outcomes[run], progress, stopped)
     return outcomes
 
 
@@ -159,23 +159,25 @@ def outcome(ray, future, run, folder):
         return UserError(f"{run}: its worker died {DEATHS + 1} times, maybe out of memory; start again to go on")
     if files:
         try:
-            write(files, folder)
-        except (OSError, UserError) as error:
+            write(files, run, folder)
+        except UserError as error:
+            return error
+        except OSError as error:
             return UserError(f"{run}: cannot write its record: {error}")
     return result
 
 
-def write(files, folder):
-    """Write files that a worker sent, result.json last: with it the record is whole."""
+def write(files, run, folder):
+    """Write a run's files that a worker sent, result.json last: with it the record is whole."""
     with runs.lock(folder, wait=lambda: True):
+        if isinstance(damaged := runs.damage(run), Damaged):
+            runs.set_aside(damaged)
         for name in sorted(files, key=lambda name: name == "result.json"):
             runs.write_atomically(folder / name, files[name])
-        if "result.json" in files:
-            for leftover in (*folder.glob("checkpoint*.pt"), folder / "failed.json"):
-                leftover.unlink(missing_ok=True)
+        runs.remove_leftovers(folder, but=files)
 
 
-def train(job, run, environment, marker, checkpoint, mailbox):
+def train(job, run, environment, marker, left, mailbox):
     """On a worker: train one run. Returns its outcome, and its files where the driver cannot see them."""
     import ray
 
@@ -198,11 +200,11 @@ def train(job, run, environment, marker, checkpoint, mailbox):
         os.environ["SILALIB_RESULTS"] = str(scratch)
         job = replace(job, folder=scratch / job.folder.parent.name / "runs")
         folder = job.folder / run.key
-        if checkpoint:
-            folder.mkdir(parents=True)
-            runs.write_atomically(folder / "checkpoint.pt", checkpoint)
+        folder.mkdir(parents=True)
+        for name, content in left.items():
+            runs.write_atomically(folder / name, content)
         result = fetch_and(attempt, job, run, stopped, tell)
-        files = {path.name: path.read_bytes() for path in folder.glob("[!.]*")} if folder.exists() else {}
+        files = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return result, files

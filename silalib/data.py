@@ -10,6 +10,8 @@ import hashlib
 import math
 import os
 import re
+import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,6 +126,17 @@ def dataset(name):
     )
 
 
+def known_checksum(name):
+    """The checksum that `load(name)` will have, known without reading its images, or None."""
+    spec = dataset(name)
+    if not spec.prepared:
+        return spec.sha256
+    try:
+        return folders.content_checksum(folders.describe(data_folder() / spec.folder))
+    except UserError:  # not on this machine, or damaged
+        return None
+
+
 def prepare(name, source, size=None, skip_broken=False, workers=None):
     """Make the data set `name` of the images below the folder `source`; see `folders.prepare`.
 
@@ -151,16 +164,19 @@ def load(name):
     """
     if dataset(name).prepared:
         return _prepared(name)
-    arrays = _digits(DATASETS[name].image[1]) if name.startswith("digits") else _from_torchvision(name)
+    if name.startswith("digits"):
+        return _verified(name, _digits(DATASETS[name].image[1]))
+    return _from_torchvision(name)
+
+
+def _verified(name, arrays):
+    """The Images of arrays that have the published checksum. Raises ValueError for others."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.contiguous().numpy())
-    images = Images(*arrays, digest.hexdigest())
-    expected = DATASETS[name].sha256
-    if expected and images.checksum != expected:
-        where = data_folder() / DATASETS[name].folder
-        raise UserError(f"{where} does not hold the published {DATASETS[name].title}: delete it and start again")
-    return images
+    if DATASETS[name].sha256 not in (None, digest.hexdigest()):
+        raise ValueError(f"not the published {DATASETS[name].title}")
+    return Images(*arrays, digest.hexdigest())
 
 
 def fetch(name):
@@ -197,35 +213,55 @@ def _digits(size):
 
 
 def _from_torchvision(name):
+    """The published images. What else lies in their place becomes *.corrupt, and they are downloaded."""
+    root, where = data_folder(), data_folder() / DATASETS[name].folder
+    if (found := _read(name)) is not None:
+        return found
     from filelock import FileLock
 
+    state = "missing"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{name}.lock"):
+            if (found := _read(name)) is not None:  # another process has downloaded it meanwhile
+                return found
+            if any(where.glob("*")):
+                aside = where.with_name(f"{where.name}.corrupt")
+                shutil.rmtree(aside, ignore_errors=True)
+                where.replace(aside)
+                state = f"damaged (it is now {aside.name})"
+                print(f"{where} was {state}", file=sys.stderr, flush=True)
+            found = _read(name, download=True)
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, ConnectionError):  # a URLError has no number
+            raise UserError(
+                f"cannot write to {root} ({error.strerror}): set SILALIB_DATA to a folder of yours, with room in it"
+            ) from None
+        found = None
+    if found is None:
+        raise MissingData(f"no network and {where} is {state}: put {DATASETS[name].title} there")
+    return found
+
+
+def _read(name, download=False):
+    """The Images of torchvision's files, None where they are missing or not the published ones.
+
+    CIFAR's pickles are opened only after their MD5 matched.
+    """
     from ._torchvision import torchvision
 
-    kind = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}[name]
-    root, where = data_folder(), data_folder() / DATASETS[name].folder
-    open_split = getattr(torchvision.datasets, kind)
+    open_split = getattr(torchvision.datasets, {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}[name])
     try:
-        sets = [open_split(root, train=train) for train in (True, False)]
-    except (RuntimeError, EOFError, ValueError):  # missing, or its MD5 does not match
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f".{name}.lock"):
-                sets = [open_split(root, train=train, download=True) for train in (True, False)]
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
-            if isinstance(error, PermissionError):
-                raise UserError(f"cannot write to {root}: set SILALIB_DATA to a folder of yours") from None
-            state = "damaged" if any(where.glob("*")) else "missing"
-            raise MissingData(
-                f"no network and {where} is {state}: put {DATASETS[name].title} there, or use --profile quick"
-            ) from None
-    arrays = []
-    for split in sets:
-        pixels = torch.as_tensor(split.data)
-        arrays += [
-            pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2),
-            torch.as_tensor(split.targets).long(),
-        ]
-    return arrays
+        arrays = []
+        for split in [open_split(data_folder(), train=train, download=download) for train in (True, False)]:
+            pixels = torch.as_tensor(split.data)
+            pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+            arrays += [pixels, torch.as_tensor(split.targets).long()]
+        return _verified(name, arrays)
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # torchvision raises many kinds
+        return None
 
 
 def balanced_order(labels, seed=0):

@@ -12,5 +12,21 @@ class MissingData(UserError):
     """A data set is not on this machine and cannot be fetched."""
 
 
+class Damaged(UserError):
+    """A file is missing or is not what was written."""
+
+    def __init__(self, path, what):
+        super().__init__(path, what)  # what pickle makes it of again, in another process
+        self.path = path
+        self.line = f"{path} is {'damaged' if path.exists() else 'missing'}: {what}"
+
+    def __str__(self):
+        return self.line
+
+
+class NoRoom(UserError):
+    """Nothing can be written where the results are."""
+
+
 class Stopped(UserError):
     """Training was stopped by a signal or a budget, with everything unfinished checkpointed."""

@@ -21,15 +21,18 @@ import threading
 import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .errors import MissingData, Stopped, UserError
+from .errors import Damaged, MissingData, Stopped, UserError
 
 FILES = ("train.npy", "train_labels.npy", "test.npy", "test_labels.npy")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+VERIFIED = ".verified.json"
+AGAIN = "prepare it again (python -m silalib data ... --from DIR)"
 CHUNK = 128
 """Images that a process decodes at once, and that are decoded again after an interruption."""
 
@@ -243,19 +246,36 @@ def prepare(source, folder, title, size, square=None, first=None, skip_broken=Fa
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            complete = (folder / "dataset.json").exists()
-            if not complete:
+            if not _complete(folder, plan):
                 _decode_tree(tree, source, folder, title, plan, skip_broken, workers)
             (folder / "journal.jsonl").unlink(missing_ok=True)
     except Timeout:
         raise UserError(f"another process is preparing {folder}") from None
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror or error}); start again to go on") from None
-    if not complete:
-        return describe(folder)
-    if describe(folder)["plan"] != plan:
-        raise UserError(f"{folder} was prepared from other files or at another size: delete it, or take another name")
-    return verify(folder)
+    return describe(folder)
+
+
+def _complete(folder, plan):
+    """Whether the folder is prepared and whole; what is damaged becomes *.corrupt.
+
+    Raises UserError where it was prepared by another plan.
+    """
+    from .runs import set_aside
+
+    try:
+        if describe(folder)["plan"] != plan:
+            raise UserError(
+                f"{folder} was prepared from other files or at another size: delete it, or take another name"
+            )
+        verify(folder)
+    except MissingData:
+        return False
+    except Damaged as error:
+        print(f"{set_aside(error, 'dataset.json')}: all is decoded again", file=sys.stderr)
+        (folder / "journal.jsonl").unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _decode_tree(tree, source, folder, title, plan, skip_broken, workers):
@@ -328,7 +348,7 @@ def _finish(tree, folder, title, plan, skipped):
     """Leave out the rows that are skipped, write labels and checksums, and last the description."""
     import PIL
 
-    from .runs import to_json, to_npy, write_atomically
+    from .runs import to_npy, write_atomically, write_sealed
 
     counts = {}
     for split, paths in tree.paths.items():
@@ -346,7 +366,7 @@ def _finish(tree, folder, title, plan, skipped):
         "decoder": f"Pillow {PIL.__version__}",
         "files": sums(folder),
     }
-    write_atomically(folder / "dataset.json", to_json(description))
+    write_sealed(folder / "dataset.json", description)
 
 
 def note(journal, entry):
@@ -408,25 +428,25 @@ def drop_rows(path, order, n, size):
 def describe(folder):
     """What dataset.json says: title, classes (their names), image shape, numbers of images, checksums.
 
-    Raises MissingData where the folder is not there or not complete, UserError where the file is damaged.
+    Raises MissingData where the folder is not there or not complete, Damaged where the file is not what was written.
     """
-    try:
-        description = json.loads((folder / "dataset.json").read_bytes())
-        description["title"], description["classes"], description["files"], description["plan"]
-        description["train"], description["test"], description["image"]
-    except FileNotFoundError:
-        raise MissingData(f"{folder} is not prepared") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'dataset.json'} is damaged: delete the folder and prepare it again") from None
-    return description
+    from .runs import read_sealed
+
+    if not (folder / "dataset.json").exists():
+        raise MissingData(f"{folder} is not prepared")
+    return read_sealed(folder / "dataset.json", AGAIN)
 
 
 def open_arrays(folder):
     """The four arrays in the order of FILES, the images memory-mapped, and the checksum of their content.
 
-    The checksum is the one that was stored when the content was verified; only the arrays' shapes are checked now.
+    The content is verified unless the files have the sizes and times of the last verification.
     """
+    from .runs import to_json
+
     description = describe(folder)
+    if not (folder / VERIFIED).exists() or (folder / VERIFIED).read_bytes() != to_json(stamp(folder)):
+        verify(folder)
     arrays = []
     try:
         for name in FILES:
@@ -436,8 +456,20 @@ def open_arrays(folder):
             if arrays[-1].shape != ((n,) if "labels" in name else (n, height, width, channels)):
                 raise ValueError
     except (OSError, ValueError, EOFError):
-        raise UserError(f"{folder / name} is missing or damaged: delete the folder and prepare it again") from None
+        raise Damaged(folder / name, AGAIN) from None
+    for labels in (arrays[1], arrays[3]):
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(description["classes"]):
+            raise UserError(f"{folder} has labels outside of 0 to {len(description['classes']) - 1}: prepare it again")
     return arrays, content_checksum(description)
+
+
+def stamp(folder):
+    """Size and time of each of the four files."""
+    try:
+        found = [(folder / name).stat() for name in FILES]
+    except OSError as error:
+        raise Damaged(Path(error.filename), AGAIN) from None
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in zip(FILES, found)}
 
 
 def content_checksum(description):
@@ -465,9 +497,12 @@ def sums(folder):
 
 def verify(folder):
     """Read everything and compare it with the stored checksums. Returns the description."""
-    description = describe(folder)
-    open_arrays(folder)
+    from .runs import to_json, write_atomically
+
+    description, verified = describe(folder), stamp(folder)
     for name, found in sums(folder).items():
         if description["files"][name] != found:
-            raise UserError(f"{folder / name} is damaged: delete {folder} and prepare it again")
+            raise Damaged(folder / name, AGAIN)
+    with suppress(OSError, UserError):  # a folder of someone else is verified each time
+        write_atomically(folder / VERIFIED, to_json(verified))
     return description

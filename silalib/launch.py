@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import data, runs, torchrun, trainer
-from .errors import MissingData, Stopped, UserError
+from .errors import Damaged, MissingData, NoRoom, Stopped, UserError
 from .models import count_macs
 from .progress import Progress, duration, numbers
 
@@ -70,7 +71,7 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry, ray=N
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
     for name, error in missing.items():
         if not data.dataset(name).prepared:
-            raise error
+            raise MissingData(f"{error}, or use --profile quick")
         rows = sum(run.dataset == name for run in pending)
         print(f"{rows} of {len(pending)} runs not run: {error}", file=sys.stderr, flush=True)
 
@@ -105,19 +106,21 @@ class Job:
         if reason := stop():
             raise Stopped(reason)
         with runs.lock(folder, wait=lambda: not stop(), message=lambda text: tell(run=run, text=text)):
+            damaged = runs.damage(run)  # of a record that another process may have written meanwhile
+            if isinstance(damaged, Damaged):
+                tell(run=run, text=f"{runs.set_aside(damaged)}: the run is trained again")
             if runs.find(run) is None:
-                failure = folder / "failed.json"
-                if failure.exists() and not self.retry:
-                    raise UserError(f"{run} failed before ({failure}); --retry trains it again")
-                failure.unlink(missing_ok=True)
+                if (failure := runs.failure(run)) and not self.retry:
+                    raise UserError(f"{run} failed before: {failure['error']}; --retry (retry=True) trains it again")
+                (folder / "failed.json").unlink(missing_ok=True)
                 hurry = self.deadline - time.time() if self.deadline and self.only_whole else None
                 torch.set_num_threads(self.threads)
                 try:
                     train = torchrun.train if torchrun.size() > 1 else trainer.train
                     train(run, folder, self.device, stop, tell, hurry)
                 except trainer.Diverged as error:
-                    (folder / "checkpoint.pt").unlink(missing_ok=True)  # it may hold weights that are lost already
-                    runs.write_atomically(failure, runs.to_json({"error": str(error)}))
+                    runs.remove_leftovers(folder)  # the checkpoints may hold weights that are lost already
+                    runs.write_failure(folder, error, epoch=error.epoch, step=error.step, lr=error.lr)
                     raise
             record = runs.load(run)
         seconds = record.result["provenance"]["seconds"]
@@ -130,7 +133,7 @@ def in_this_process(pending, job, workers, stopped, progress):
     try:
         for run in pending:
             outcomes[run] = attempt(job, run, stopped.is_set, progress.message)
-            settle(run, outcomes[run], progress)
+            settle(run, outcomes[run], progress, stopped)
     finally:
         torch.set_num_threads(threads)
     return outcomes
@@ -150,7 +153,7 @@ def in_workers(pending, job, workers, stopped, progress):
                 for future in [f for f in futures if f.done()]:
                     run = futures.pop(future)
                     outcomes[run] = future.result()
-                    settle(run, outcomes[run], progress)
+                    settle(run, outcomes[run], progress, stopped)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process died: out of memory (use fewer workers), or a script that calls ensure() outside of "
@@ -173,9 +176,11 @@ def drain(messages, progress):
         pass
 
 
-def settle(run, outcome, progress):
+def settle(run, outcome, progress, stopped):
     if isinstance(outcome, Stopped):
         return
+    if isinstance(outcome, NoRoom):  # for the other runs there is none either
+        stopped.set()
     progress.finish(run, f"failed: {outcome}" if isinstance(outcome, Exception) else outcome)
 
 
@@ -191,6 +196,15 @@ def attempt(job, run, stopped, tell):
         )
     except OSError as error:
         return UserError(f"{run}: {error.strerror or error} ({error.filename or 'results folder'})")
+    except Exception as error:  # whatever it is, the other runs go on
+        folder = job.folder / run.key
+        line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        with suppress(UserError, OSError):
+            runs.write_failure(folder, line, traceback=traceback.format_exc())
+        text = f"{run}: {line} (an error that is not yours to mend; more in {folder / 'failed.json'})"
+        if torchrun.size() > 1:  # the other processes may wait for this one: torchrun ends them when it ends
+            raise SystemExit(f"silalib: error: {text}") from None
+        return UserError(text)
 
 
 def start_worker(messages, stop):

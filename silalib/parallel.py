@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .errors import UserError
-from .runs import write_atomically
+from .runs import CHECKPOINTS, write_atomically
 
 NETWORK, DATA = "network-parallel", "data-parallel"
 
@@ -52,25 +52,25 @@ class Ranks:
         """The heads that this process evaluates."""
         return [self.rank] if self.layout == NETWORK else range(run.n_heads)
 
-    @property
-    def parts(self):
-        """How many files a checkpoint has."""
-        return self.size if self.layout == NETWORK else 1
-
-    def checkpoint(self, folder, step):
-        """This process's file of the checkpoint at a step."""
-        return folder / (f"checkpoint.{self.rank}-{step}.pt" if self.rank and self.parts > 1 else "checkpoint.pt")
+    def checkpoint(self, path, step):
+        """This process's file of the checkpoint at a step, of which the first process's is `path`."""
+        own = self.rank and self.layout == NETWORK
+        return path.with_name(f"checkpoint.{self.rank}-{step}.pt") if own else path
 
     def save(self, folder, step, content):
-        """Write this process's file of a checkpoint; the first one's comes last: with it, all of a step are there."""
-        path = self.checkpoint(folder, step)
-        if self.rank and self.parts > 1:
+        """Write this process's file of a checkpoint; the first one's comes last: with it, all of a step are there.
+
+        The checkpoint before it is kept where it is one file.
+        """
+        latest, previous = (folder / name for name in CHECKPOINTS)
+        path = self.checkpoint(latest, step)
+        if path != latest:
             write_atomically(path, content)
         self.wait()
         if self.rank == 0:
-            write_atomically(path, content)
+            write_atomically(latest, content, None if self.layout == NETWORK else previous)
         self.wait()
-        if self.rank:
+        if path != latest:
             for old in set(folder.glob(f"checkpoint.{self.rank}-*.pt")) - {path}:
                 old.unlink()
 

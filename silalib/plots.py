@@ -3,6 +3,7 @@
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from .losses import LABELS
 from .paths import results_folder
@@ -53,6 +54,9 @@ def show(fig, name, profile, alt, measured=True):
         fig.text(
             0.5, 0.5, "stand-in data", fontsize=44, color="#000000", alpha=0.07, rotation=25, ha="center", va="center"
         )  # fmt: skip
+    for ax in fig.axes:
+        if ax.get_xlabel() == "epoch":  # there is no half of one
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
     plt.close(fig)

@@ -240,16 +240,23 @@ def write_index(profile, seeds=None):
     cards = []
     for stem, (title, _) in NOTEBOOKS.items():
         path = folder / f"{stem}.html"
-        content = path.read_text(encoding="utf-8") if path.exists() else ""
-        if '<meta name="card"' not in content:
-            content = plain_page(stem, profile, "not built")
-            runs.write_atomically(path, content.encode())
-        card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+        try:
+            card, image, content = read_page(path)
+        except (OSError, ValueError, TypeError):  # not there, or damaged
+            runs.write_atomically(path, plain_page(stem, profile, "not built").encode())
+            card, image, content = read_page(path)
         first_table = re.search(r"<table.*?</table>", content, re.DOTALL)
-        cards.append({"stem": stem, "title": title, "image": thumbnail(content), "table": first_table, **card})
+        cards.append({"stem": stem, "title": title, "image": image, "table": first_table, **card})
     score = claims.score(claims.judge(profile, seeds))
     index = template("index").render(profile=profile, cards=cards, score=score)
     runs.write_atomically(folder / "index.html", index.encode())
+
+
+def read_page(path):
+    """What the index says of a page, its thumbnail, and all of it."""
+    content = path.read_text(encoding="utf-8")
+    card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+    return card, thumbnail(content), content
 
 
 def thumbnail(content, width=480):
@@ -274,22 +281,25 @@ def provenance(stem, profile, seeds):
     grid = list(dict.fromkeys(run for name in exhibits for run in EXHIBITS[name].grid(profile, seeds)))
     records = runs.ensure(grid, profile, train=False)
     origins = [record.result["provenance"] for record in records.values()]
+    parts = [part for origin in origins for part in origin.get("parts", [origin])]  # a run may go on elsewhere
     trained = sorted({origin["finished"][:10] for origin in origins})
-    code = [origin["silalib"].get("commit", origin["silalib"]["code"]) for origin in origins]
+    code = [part["silalib"].get("commit", part["silalib"]["code"]) for part in parts]
     data = [f"{dataset(r.dataset).title}, {o['train_images']} training images" for r, o in zip(records, origins)]
     facts = [
         ("profile", profile),
         ("seeds", ", ".join(map(str, sorted({run.seed for run in grid})))),
         ("data", listed(data)),
-        ("device", listed(origin["device"] for origin in origins)),
-        ("precision", listed(origin["precision"] for origin in origins)),
-        ("versions", listed(f"PyTorch {origin['torch']}, Python {origin['python']}" for origin in origins)),
+        ("device", listed(part["device"] for part in parts)),
+        ("precision", listed(part["precision"] for part in parts)),
+        ("versions", listed(f"PyTorch {part['torch']}, Python {part['python']}" for part in parts)),
         ("trained", " to ".join(dict.fromkeys([*trained[:1], *trained[-1:]]))),
         ("code", listed(code)),
         ("runs", f"{len(records)} of {len(grid)}"),
     ]
     counts = {"runs": len(grid), "missing": len(grid) - len(records), "trained": sum(o["seconds"] for o in origins)}
-    counts["damaged"] = sum(runs.state(run) == "damaged" for run in grid if run not in records)
+    left_out = {run: runs.state(run) for run in grid if run not in records}
+    counts["damaged"] = list(left_out.values()).count("damaged")
+    counts["failed"] = [runs.failure(run)["error"] for run, state in left_out.items() if state == "failed"]
     return [(label, text) for label, text in facts if text], counts
 
 

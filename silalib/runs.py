@@ -5,6 +5,7 @@ ones and trains missing ones; `load(run)` reads one record; `load_network(run, h
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -20,14 +21,24 @@ from pathlib import Path
 import numpy as np
 
 from .augment import AUGMENTATIONS
-from .data import dataset
-from .errors import Stopped, UserError
+from .data import dataset, known_checksum
+from .errors import Damaged, NoRoom, Stopped, UserError
 from .losses import LABELS, METHODS
 from .models import EXITS, MODELS, SMALLEST_IMAGE, STEMS
 from .paths import results_folder
 
 PROTOCOL = 1
 """Raised when training changes its meaning: records of another protocol are refused."""
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
+"""The last checkpoint of a run, and the one before it, from which the run goes on where the last one is damaged."""
+
+AGAIN = "python -m silalib train, or ensure(), sets it aside and trains the run again"
+
+MAX_WIDTH = 100
+"""No network as wide as this fits into a machine."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 PAPER_MILESTONES = (30, 55, 80, 105, 135, 160, 180, 200, 220, 240)
 
@@ -119,6 +130,8 @@ class Run:
                 raise UserError(f"{name} must be above 0, not {value}")
             if value < 0:
                 raise UserError(f"{name} must not be negative, but is {value}")
+        if self.width > MAX_WIDTH:
+            raise UserError(f"width must be at most {MAX_WIDTH}, not {self.width}")
         if self.momentum >= 1:
             raise UserError(f"momentum must be below 1, not {self.momentum}")
         if self.betas is not None and not all(math.isfinite(b) and b >= 0 for b in self.betas):
@@ -213,15 +226,12 @@ class Record:
 
     def read(self, name):
         """The bytes of one of the record's files, checked against result.json."""
-        path = self.path / name
         expected = self.result["files"].get(name)
         if expected is None:
             raise UserError(f"the record {self.path} has no {name}: the run was not asked for it")
-        if not path.exists():
-            raise UserError(f"{path} is missing: delete its folder to train the run again")
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise UserError(f"{path} is damaged: delete its folder to train the run again")
+        content = read_bytes(self.path / name)
+        if sha256(content) != expected:
+            raise Damaged(self.path / name, AGAIN)
         return content
 
     def _table(self, name):
@@ -234,17 +244,72 @@ class Record:
             return {k: arrays[k] for k in arrays.files}
 
 
-def write_atomically(path, content):
-    """Write bytes under a temporary name, flush them to disk, rename: the file is whole or not there."""
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_bytes(path, what=AGAIN):
+    """A file's bytes. Raises Damaged where it is missing or the disk cannot read it, and says what to do."""
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        raise UserError(f"cannot read {path}: permission denied") from None
+    except OSError:
+        raise Damaged(path, what) from None
+
+
+def write_atomically(path, content, previous=None):
+    """Write bytes under a temporary name, flush them to disk, rename: the file is whole or not there.
+
+    previous: what to rename a file to that is there already. Raises NoRoom on a disk that is full or read-only.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # without it a power cut can undo the renaming
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise NoRoom(
+                f"cannot write {path} ({error.strerror}): make room and start again to go on; what was there is kept"
+            ) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_sealed(path, value):
+    """Write JSON, and before it its checksum to <name>.sha256, in the form that `sha256sum -c` reads."""
+    content = to_json(value)
+    write_atomically(path.with_suffix(".sha256"), f"{sha256(content)}  {path.name}\n".encode())
+    write_atomically(path, content)
+
+
+def read_sealed(path, what=AGAIN, required=True):
+    """The value that `write_sealed` wrote. Raises Damaged for a file that is not what its checksum says.
+
+    required: whether the checksum must be there. It may cover run.json in the same folder too.
+    """
+    content, seal = read_bytes(path, what), path.with_suffix(".sha256")
+    if required or seal.exists():
+        written = read_bytes(seal, what)
+        names = [name for name in ("run.json", path.name) if f"  {name}\n".encode() in written]
+        expected = [f"{sha256(read_bytes(path.with_name(name), what))}  {name}\n" for name in names]
+        if path.name not in names or "".join(expected).encode() != written:
+            raise Damaged(path if path.name in names else seal, what)
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise Damaged(path, what) from None
 
 
 def to_json(value):
@@ -276,14 +341,19 @@ def to_npy(array):
 def write_record(run, folder, result, files):
     """Write a finished run: its files first, result.json with their checksums last, which marks it as finished."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = {**files, "run.json": to_json({"protocol": PROTOCOL, "config": run.config})}
     for name, content in files.items():
         write_atomically(folder / name, content)
-    write_atomically(folder / "run.json", to_json({"protocol": PROTOCOL, "config": run.config}))
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    write_atomically(folder / "result.json", to_json({**result, "files": sums}))
-    for leftover in (*folder.glob("checkpoint*.pt"), folder / "failed.json"):
-        leftover.unlink(missing_ok=True)
+    write_sealed(folder / "result.json", {**result, "files": {name: sha256(files[name]) for name in files}})
+    remove_leftovers(folder)
     return load_folder(run, folder)
+
+
+def remove_leftovers(folder, but=()):
+    """Remove all checkpoints of a run and why it failed, but for files of these names."""
+    for leftover in (*folder.glob("checkpoint*.pt"), folder / "failed.json"):
+        if leftover.name not in but:
+            leftover.unlink(missing_ok=True)
 
 
 def find(run):
@@ -294,7 +364,11 @@ def find(run):
 
 
 def load(run):
-    """The Record of a finished run. Raises UserError where it is missing, damaged, or of another protocol."""
+    """The Record of a finished run.
+
+    Raises UserError where it is missing, or of another protocol or other data, and Damaged where a file is not what
+    was written; weights, which need not be kept, are read and verified by `load_network`.
+    """
     folder = find(run)
     if folder is None:
         raise UserError(f"no record of {run.key}: train it with ensure([run]), or python -m silalib train")
@@ -302,18 +376,25 @@ def load(run):
 
 
 def load_folder(run, folder):
+    path = folder / "result.json"
     try:
-        identity = json.loads((folder / "run.json").read_bytes())
-        result = json.loads((folder / "result.json").read_bytes())
+        result = read_sealed(path, required=False)
+        if "run.json" in result["files"]:  # records from before there were checksums of these two do not have it
+            read_sealed(path)
+        result["heads"], result["provenance"], result["files"].keys()
+        path = folder / "run.json"
+        identity = json.loads(read_bytes(path))
         config, protocol = identity["config"], identity["protocol"]
-        result["heads"], result["files"], result["provenance"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is damaged: delete it to train the run again") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(path, AGAIN) from None
     if protocol != PROTOCOL:
         raise UserError(f"{folder} was trained under protocol {protocol}, this is {PROTOCOL}: move it away")
     changed = [k for k, v in run.config.items() if k in config and config[k] != v]
     if changed:
         raise UserError(f"{folder} was trained with another {', '.join(changed)}: a default changed; move it away")
+    known = known_checksum(run.dataset)
+    if known and known != result["provenance"].get("data_sha256"):
+        raise UserError(f"{folder} was trained on other data than {run.dataset} is here: move it away")
     record = Record(run, folder, result)
     for name in result["files"]:
         if not name.endswith(".safetensors"):  # which need not be kept
@@ -321,21 +402,65 @@ def load_folder(run, folder):
     return record
 
 
+def damage(run):
+    """What is wrong with a run's record, weights included where they are kept: an error, or None. Reads all of it."""
+    if find(run) is None:
+        return None
+    try:
+        record = load(run)
+        if (record.path / "weights.safetensors").exists():
+            record.read("weights.safetensors")
+    except UserError as error:
+        return error
+    return None
+
+
+def set_aside(damaged, mark="result.json"):
+    """Rename the file that a Damaged error names to *.corrupt, and beside it the one that marks all as finished.
+
+    Returns what was done, in words.
+    """
+    path = damaged.path
+    what = f"was damaged and is now {path.name}.corrupt" if path.exists() else "was missing"
+    try:
+        for name in (mark, path.name):
+            old = path.with_name(name)
+            if old.exists():
+                old.replace(f"{old}.corrupt")
+    except OSError as error:
+        raise UserError(f"cannot set {path} aside ({error.strerror}): it is damaged; delete it yourself") from None
+    return f"{path} {what}"
+
+
+def folders(run):
+    """Where a run may have left something, in whichever profile."""
+    return list(results_folder("*").parent.glob(f"*/runs/{run.key}"))
+
+
 def state(run):
     """Where a run stands: "done", "damaged", "running", "failed", "started" (a checkpoint is there) or "pending"."""
     if find(run) is not None:
-        try:
-            load(run)
-        except UserError:
-            return "damaged"
-        return "done"
-    folders = list(results_folder("*").parent.glob(f"*/runs/{run.key}"))
-    if any(_is_locked(folder) for folder in folders):
+        return "damaged" if damage(run) else "done"
+    if any(_is_locked(folder) for folder in folders(run)):
         return "running"
-    for name, label in [("failed.json", "failed"), ("checkpoint.pt", "started")]:
-        if any((folder / name).exists() for folder in folders):
+    for names, label in [(("failed.json",), "failed"), (CHECKPOINTS, "started")]:
+        if any((folder / name).exists() for folder in folders(run) for name in names):
             return label
     return "pending"
+
+
+def failure(run):
+    """Why a run has failed: what `write_failure` wrote, or None."""
+    for path in [folder / "failed.json" for folder in folders(run) if (folder / "failed.json").exists()]:
+        try:
+            return {"error": str(json.loads(path.read_bytes())["error"])} | json.loads(path.read_bytes())
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"error": f"{path} is damaged, so the reason is not known"}
+    return None
+
+
+def write_failure(folder, error, **details):
+    write_atomically(folder / "failed.json", to_json({"error": str(error), **details}))
 
 
 def _is_locked(folder):
@@ -376,6 +501,8 @@ def lock(folder, wait, message=lambda text: None):
         reason = error.strerror or error
         raise UserError(f"cannot write to {folder} ({reason}): set SILALIB_RESULTS to a folder of yours") from None
     try:
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         yield
     finally:
         held.release()
@@ -396,9 +523,10 @@ def ensure(
 ):
     """Records of the runs, as a dict in their order: finished ones are loaded, unfinished resumed, missing trained.
 
+    A run with a damaged record is trained again; the damaged file becomes *.corrupt.
     profile: the folder under results/ for new records. device: "auto", "cpu", "cuda" or "cuda:1".
     workers: runs trained at once, by default one per CPU core on a CPU (one thread each) and one on a GPU.
-    train: False only loads; a run without a record is then left out of the dict.
+    train: False only loads; a run without a record, or with a damaged one, is then left out of the dict.
     budget: seconds after which training stops cleanly; only_whole gives a run up, with a checkpoint, as soon as its
     measured speed says that its training would not end in them.
     retry: train runs again that failed before.
@@ -408,23 +536,29 @@ def ensure(
     Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
     """
     from . import cluster, launch, trainer
+    from .experiments import check_profile
 
-    runs = list(dict.fromkeys(runs))
+    check_profile(profile)
+    runs = [None] if isinstance(runs, Run) else list(dict.fromkeys(runs))
+    if not all(isinstance(run, Run) for run in runs):
+        raise UserError("ensure() takes a list of runs: ensure([run])")
     if train:
         if backend not in ("local", "ray"):
             raise UserError(f"unknown backend {backend!r}: use local or ray")
         if backend == "local" and (ray_address is not None or gpus_per_run is not None):
             raise UserError("ray_address and gpus_per_run belong to the backend ray")
-        if gpus_per_run is not None and not gpus_per_run >= 0:
-            raise UserError(f"gpus_per_run must not be negative, but is {gpus_per_run}")
+        if gpus_per_run is not None and not (isinstance(gpus_per_run, (int, float)) and gpus_per_run >= 0):
+            raise UserError(f"gpus_per_run must be a number from 0, or None, not {gpus_per_run!r}")
         ray = cluster.Ray(ray_address, gpus_per_run) if backend == "ray" else None
         if ray:
             cluster.installed()
         else:
             trainer.pick_device(device)
-        if workers is not None and not workers >= 1:
-            raise UserError(f"workers must be a whole number from 1, or None, not {workers}")
-        pending = [run for run in runs if find(run) is None]
+        if workers is not None and not (isinstance(workers, int) and workers >= 1):
+            raise UserError(f"workers must be a whole number from 1, or None, not {workers!r}")
+        if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
+            raise UserError(f"budget must be a number of seconds above 0, or None, not {budget!r}")
+        pending = [run for run in runs if find(run) is None or isinstance(damage(run), Damaged)]
         if pending:
             folder = results_folder(profile) / "runs"
             launch.train_all(pending, folder, device, workers, budget, only_whole, retry, ray)

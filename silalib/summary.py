@@ -8,6 +8,7 @@ import pandas as pd
 from .data import dataset
 from .losses import LABELS, PAPER_METHODS
 from .models import MODELS, NAMES, count_macs, count_parameters
+from .runs import failure
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
@@ -125,9 +126,9 @@ def cells(grid, records, metrics, table=None):
     """`measured` with gains, and the paper's numbers beside: a row per network row, metric and seed of a table.
 
     grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: dataset, pair, method (as
-    the paper spells it), net (1 or 2), network, metric, seed, value (NaN where there is no record), gain over IND of
-    the same network, data set and seed (positive is better), paper, paper_gain. A stand-in has the paper's first data
-    set beside it.
+    the paper spells it), net (1 or 2), network, metric, seed, value (NaN where there is no record), failed (where
+    training failed, in words), gain over IND of the same network, data set and seed (positive is better), paper,
+    paper_gain. A stand-in has the paper's first data set beside it.
     """
     keys = ["pair", "method", "net", "metric"]
     frame = _with_gains(measured(grid, records, metrics))
@@ -138,13 +139,23 @@ def cells(grid, records, metrics, table=None):
         frame = frame.assign(beside=in_the_paper(frame, paper)).merge(numbers, "left", ["beside", *keys])
     else:
         frame = frame.assign(paper=np.nan, paper_gain=np.nan)
-    return frame.assign(method=frame["method"].map(LABELS)).drop(columns=["run", "beside"], errors="ignore")
+    failed = {run: "" if run in records else failed_at(run) for run in grid}
+    frame = frame.assign(method=frame["method"].map(LABELS), failed=frame["run"].map(failed))
+    return frame.drop(columns=["run", "beside"], errors="ignore")
 
 
 def _with_gains(frame):
     keys = ["dataset", "pair", "method", "net", "metric", "seed"]
     found = [gains(frame, method, "ind")[[*keys, "gain"]] for method in PAPER_METHODS[1:]]
     return frame.merge(pd.concat(found).drop_duplicates(keys), "left", keys)
+
+
+def failed_at(run):
+    """Of a run that has failed, where: "seed 0 failed: epoch 2, step 12, lr 0.1"; of any other ""."""
+    if not (found := failure(run)):
+        return ""
+    place = f": epoch {found['epoch']}, step {found['step']}, lr {found['lr']:g}" if "lr" in found else ""
+    return f"seed {run.seed} failed{place}"
 
 
 def over_seeds(frame):
@@ -156,6 +167,7 @@ def over_seeds(frame):
         row = dict(zip(keys, key)) | {"n": len(values)}
         row["mean"], row["half"] = interval(values)
         row["gain"], row["gain_half"] = interval(gains)
+        row["failed"] = "; ".join(filter(None, group["failed"].unique()))
         rows.append(row | {"paper": group["paper"].iloc[0], "paper_gain": group["paper_gain"].iloc[0]})
     return pd.DataFrame(rows)
 
@@ -221,7 +233,7 @@ def comparison(summary, metrics, learned=0.0):
     """A table of `over_seeds` to look at: for each metric our mean and interval, the paper's number, the gain over IND.
 
     learned: a network whose IND stays under this top-1 is marked 'did not learn'. Returns a data frame of text with
-    two levels of columns; a row without records says 'not run'.
+    two levels of columns; a row without records says 'not run', or 'failed', and where.
     """
     weak = summary[(summary["method"] == LABELS["ind"]) & (summary["metric"] == "top1") & (summary["mean"] < learned)]
     summary = summary[summary["metric"].isin(metrics)]
@@ -230,9 +242,11 @@ def comparison(summary, metrics, learned=0.0):
         failed = " (did not learn)" if network in set(weak["network"]) else ""
         row = {("", "Networks"): pair, ("", "Method"): method}
         row["", ""] = failed.strip() if method == LABELS["ind"] else f"Net{net}{failed}"
+        if reason := group["failed"].iloc[0]:
+            row["", ""] = f"{row['', '']} ({reason})".strip()
         for cell in group.set_index("metric").loc[list(metrics)].reset_index().to_dict("records"):
             title = METRICS[cell["metric"]]
-            row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or "not run"
+            row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or ("failed" if reason else "not run")
             row[title, "paper"] = plus_minus(cell["paper"], np.nan) or "-"
             row[title, "gain"] = plus_minus(cell["gain"], cell["gain_half"], signed=True)
         rows.append(row)

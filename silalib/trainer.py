@@ -6,6 +6,7 @@ Net1 and sees the same augmented batches in the same order.
 """
 
 import hashlib
+import io
 import json
 import math
 import platform
@@ -22,26 +23,35 @@ from torch import nn
 from . import data, early_exit, metrics, robustness
 from .augment import Normalise, epoch_plan
 from .autoaugment import autoaugment
-from .errors import Stopped, UserError
+from .errors import Damaged, Stopped, UserError
 from .losses import METHODS
 from .models import EXITS, count_parameters
 from .parallel import DATA, Ranks
 from .paths import ROOT
 from .randomness import derive
-from .runs import PROTOCOL, to_csv, to_npz, write_record
+from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_record
 from .stream import TrainingBatches, in_batches
 
 EVAL_BATCH = 500
 EVAL_PIXELS = EVAL_BATCH * 64 * 64
 """Evaluation batches of larger images have fewer: 64 channels of a 3x3-stem network are then 0.5 GB in float32."""
 CHECKPOINT_SECONDS = 60
+SAVING_SHARE = 0.05
+"""An epoch's end is saved too, unless saving would then take a larger share of the time than this."""
 REPORT_SECONDS = 2
 PROBE_SECONDS = 5
 """After this time the speed of a run is known well enough to say whether it will end in a budget."""
 
 
 class Diverged(UserError):
-    """The loss became infinite or not a number."""
+    """The loss became infinite or not a number: in this epoch (from 1), after so many steps, at this learning rate."""
+
+    def __init__(self, run, epoch, step, lr):
+        super().__init__(run, epoch, step, lr)  # what pickle makes it of again, in another process
+        self.run, self.epoch, self.step, self.lr = run, epoch, step, lr
+
+    def __str__(self):
+        return f"{self.run}: the loss is not finite in epoch {self.epoch}, step {self.step}, lr {self.lr:g}"
 
 
 def learning_rate(run, step, steps_per_epoch):
@@ -83,7 +93,7 @@ def pick_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
@@ -137,11 +147,11 @@ class Training:
             raise UserError(f"batch size {run.batch_size} is above the {len(self.target)} training images")
         self.total = run.epochs * self.steps_per_epoch
         self.step, self.rows, self.sums, self.seconds = 0, [], None, 0.0
-        if self.ranks.rank == 0:
-            self.resume()
-        self.step = self.ranks.from_first(self.step)
-        if self.ranks.rank and self.step:
-            self.resume()
+        self.saving, self.parts = 0.0, []
+        self.resume()
+        part = self.here()
+        if not self.parts or part != {k: v for k, v in self.parts[-1].items() if k != "from_step"}:
+            self.parts.append({"from_step": self.step, **part})
         self.averaged = self.ranks.averaged(self.nets)
 
     # -- the loop
@@ -222,7 +232,7 @@ class Training:
         rows = self.ranks.gather(rows)
         self.rows += rows
         if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in rows):
-            raise Diverged(f"{self.run}: the loss is not finite in epoch {epoch + 1}, step {self.step}, lr {lr:g}")
+            raise Diverged(self.run, epoch + 1, self.step, lr)
         self.report(top1=[round(row["test_top1"], 2) for row in rows])
 
     @torch.no_grad()
@@ -250,8 +260,10 @@ class Training:
             elapsed, done = time.monotonic() - started, self.step - first
             if elapsed > PROBE_SECONDS and elapsed / done * (self.total - first) > self.hurry:
                 reason = "it would not end in the budget"
-        reason, save = self.ranks.agree(reason, time.monotonic() - self.saved > CHECKPOINT_SECONDS)
-        if reason or save:
+        since, epoch_ended = time.monotonic() - self.saved, self.step % self.steps_per_epoch == 0
+        due = since > CHECKPOINT_SECONDS or (epoch_ended and SAVING_SHARE * since > self.saving)
+        reason, due = self.ranks.agree(reason, due)
+        if reason or (due and self.step < self.total):  # the end is saved by `write`
             self.save()
         if reason:
             raise Stopped(f"{self.run}: {reason}; step {self.step} of {self.total} is saved")
@@ -259,10 +271,12 @@ class Training:
             self.report()
 
     def save(self):
+        began = time.monotonic()
         state = {
             "protocol": PROTOCOL,
-            "parts": self.ranks.parts,
             "config": json.dumps(self.run.config),
+            "data_sha256": self.data_checksum,
+            "parts": self.parts,
             "step": self.step,
             "rows": self.rows,
             "sums": None if self.sums is None else self.ranks.mean(self.sums.clone()),
@@ -270,37 +284,52 @@ class Training:
             "nets": [net.state_dict() for net in self.nets.values()],
             "optimizer": self.optimizer.state_dict(),
         }
-        import io
-
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.ranks.save(self.folder, self.step, buffer.getbuffer())
+        self.ranks.save(self.folder, self.step, checkpoint_bytes(state))
         self.saved = time.monotonic()
+        self.saving = self.saved - began
 
     def resume(self):
-        """Go on from the checkpoint, if there is one."""
-        checkpoint = self.ranks.checkpoint(self.folder, self.step)
-        if not checkpoint.exists() and self.step == 0:
-            return
-        try:
-            state = torch.load(checkpoint, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError):
-            if self.step:
-                raise UserError(f"{checkpoint} is damaged or missing: delete checkpoint*.pt beside it") from None
-            aside = checkpoint.with_suffix(".corrupt")
-            checkpoint.replace(aside)
-            self.report(text=f"its checkpoint is damaged and now {aside}; it starts again")
-            return
+        """Go on from the last checkpoint that is whole, if there is one; damaged ones are set aside as *.corrupt.
+
+        The first process chooses it; the others then read it too, or their own files of it.
+        """
+        path = None
+        if self.ranks.rank == 0:
+            path = self.resume_last()
+        path, step = self.ranks.from_first((path, self.step))
+        if path and self.ranks.rank:
+            path = self.ranks.checkpoint(path, step)
+            self.go_on(path, read_checkpoint(path, self.device))
+
+    def resume_last(self):
+        for path in [path for name in CHECKPOINTS if (path := self.folder / name).exists()]:
+            try:
+                self.go_on(path, read_checkpoint(path, self.device))
+                return path
+            except Damaged:
+                aside = path.replace(f"{path}.corrupt")
+                self.report(text=f"{path} was damaged and is now {aside.name}; the run goes on from what is before it")
+        return None
+
+    def go_on(self, path, state):
         if state["protocol"] != PROTOCOL or json.loads(state["config"]) != self.run.config:
-            raise UserError(f"{checkpoint} is of another configuration: delete it to train the run from its start")
-        if (parts := state.get("parts", 1)) != self.ranks.parts:
-            count = f"torchrun --nproc-per-node {parts}" if parts > 1 else "one process"
-            raise UserError(f"{checkpoint} was written by {count}: go on like that, or delete it to start again")
-        for net, weights in zip(self.nets.values(), state["nets"]):
-            net.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
+            raise UserError(f"{path} is of another configuration: delete it to train the run from its start")
+        if state["data_sha256"] != self.data_checksum:
+            raise UserError(
+                f"{path} was trained on other data than {self.run.dataset} is here: delete it to start anew"
+            )
+        if (held := len(state["nets"])) != len(self.nets):  # by a process of network-parallel, one
+            count = f"torchrun --nproc-per-node {len(self.run.nets)}" if held == 1 else "one process"
+            raise UserError(f"{path} was written by {count}: go on like that, or delete it to start again")
+        try:
+            for net, weights in zip(self.nets.values(), state["nets"]):
+                net.load_state_dict(weights)
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError):
+            raise UserError(f"{path} is of another version of its networks: delete it to start anew") from None
         self.step, self.rows, self.sums, self.seconds = (state[k] for k in ("step", "rows", "sums", "seconds"))
+        self.parts = state["parts"]
         self.report(resumed=True)
 
     # -- the record
@@ -431,24 +460,53 @@ class Training:
             tensors |= {f"{slot}.{k}": v for k, v in net.state_dict().items()}
         return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
-    def provenance(self, seconds_final):
+    def here(self):
+        """What this process trains with: a run that goes on elsewhere has several `parts`."""
         gpu = self.device.type == "cuda"
         dtypes = [precision(net, self.run.width, self.device) for net in self.run.nets]
         return {
             "silalib": code_version(),
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name(self.device) if gpu else processor(),
             "threads": torch.get_num_threads(),
             "processes": self.ranks.size,
             "layout": self.ranks.layout,
             "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        }
+
+    def provenance(self, seconds_final):
+        """Of the process that ends the run; `parts` says which one trained from which step, if they differ."""
+        return {
+            **{k: v for k, v in self.parts[-1].items() if k != "from_step"},
+            **({"parts": self.parts} if len(self.parts) > 1 else {}),
             "data_sha256": self.data_checksum,
             "train_images": len(self.target),
             "seconds": round(self.seconds, 1),
             "seconds_final": round(seconds_final, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+
+def checkpoint_bytes(state):
+    """A checkpoint file: what torch.save makes of the state, then 32 bytes of its sha256."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).digest()
+    buffer.write(digest)
+    return buffer.getbuffer()
+
+
+def read_checkpoint(path, device):
+    """The state in a checkpoint file. Raises Damaged for anything that was not written; nothing in it is executed."""
+    instead = "delete checkpoint*.pt beside it to train the run from its start"
+    content = memoryview(read_bytes(path, instead))
+    try:
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+    except UnpicklingError:  # something else than tensors and plain values, which no checkpoint has
+        pass
+    raise Damaged(path, instead)
 
 
 STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient")

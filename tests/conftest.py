@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import urllib.error
+import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,20 @@ TINY = {
     "milestones": (1,),
     "augment": "crop",
 }
+
+
+COUNTS = Counter()
+
+
+@pytest.fixture
+def counts():
+    """Counts of faults that were survived, printed at the end."""
+    return COUNTS
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS:
+        terminalreporter.write_line("faults: " + ", ".join(f"{n} {what}" for what, n in COUNTS.items()))
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +101,19 @@ def data_folder(tmp_path, monkeypatch):
     data.load.cache_clear()
     yield tmp_path / "data"
     data.load.cache_clear()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download fails; returns the list of what was asked for."""
+    asked = []
+
+    def refuse(request, *_, **__):
+        asked.append(getattr(request, "full_url", request))
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    return asked
 
 
 @pytest.fixture

@@ -230,7 +230,9 @@ def test_cells_and_seeds_are_complete_together():
 def test_a_seed_in_progress_and_a_table_that_was_not_run():
     found = made_up(1, GAINS["reproduced"])
     kept = {run: r for run, r in found.records.items() if run.seed < 2 or run.nets[0] == "resnet18"}
-    claim = judge_all(evidence(found.grids, kept))[0]
+    planned = {"table3": [Run("cifar10", ("resnet34",) * 2)]}  # a table with a metric of its own, not run
+    claim = judge_all(evidence(found.grids | planned, kept))[0]
+    assert [effect.name.split(",")[0] for effect in claim.effects] == ["Top-1", "Top-5", "BEST", "NLL"]
     assert claim.seeds == [0, 1]
     assert claim.effects[0].mean == pytest.approx(2.25)
     assert claim.note == "without table2, table3"

@@ -62,7 +62,7 @@ def in_this_process(monkeypatch):
 
 def content(folder):
     """The bytes of everything that a complete folder holds."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
 
 
 def expected_pixels(path, size):
@@ -164,7 +164,7 @@ def test_a_prepared_folder(tree, data_folder, capsys):
     spec = data.dataset("insects")
     assert (spec.title, spec.classes, spec.image, spec.train, spec.test) == ("insects", 3, (3, 12, 12), 13, 6)
     assert folders.describe(data_folder / "insects")["classes"] == ["ant", "bee", "cat"]
-    assert set(content(data_folder / "insects")) == {*folders.FILES, "dataset.json"}
+    assert set(content(data_folder / "insects")) == {*folders.FILES, "dataset.json", "dataset.sha256"}
     # again: nothing is written, all is verified
     before = content(data_folder / "insects")
     for again in (arguments, ["data", "insects"]):
@@ -437,7 +437,7 @@ def test_leaving_out_broken_images_can_be_interrupted_anywhere(where, tree, data
             data.prepare("again", tree, 12, skip_broken=True)
     monkeypatch.setattr(folders, "decode_rows", interrupted)  # nothing is decoded again
     data.prepare("again", tree, 12)
-    read = lambda name: {k: v for k, v in content(data_folder / name).items() if k != "dataset.json"}
+    read = lambda name: {k: v for k, v in content(data_folder / name).items() if not k.startswith("dataset")}
     assert read("again") == read("whole")
 
 
@@ -572,10 +572,10 @@ def test_damage_is_found(tree, data_folder, in_this_process, capsys):
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert main(["data", "insects"]) == 1
-    assert f"{path} is damaged: delete" in capsys.readouterr().err
+    assert f"{path} is damaged: prepare it again" in capsys.readouterr().err
     path.write_bytes(good[:-1])
     data.load.cache_clear()
-    with pytest.raises(UserError, match="missing or damaged: delete the folder and prepare it again"):
+    with pytest.raises(UserError, match="is damaged: prepare it again"):
         data.load("insects")
     (data_folder / "insects" / "dataset.json").write_text("{}")
     with pytest.raises(UserError, match=r"dataset\.json is damaged"):

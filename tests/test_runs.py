@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from silalib import data, launch, runs, trainer
-from silalib.errors import MissingData, Stopped, UserError
+from silalib.errors import Damaged, MissingData, Stopped, UserError
 from silalib.runs import Run, ensure, find, load, load_folder, load_network, state, write_atomically
 
 # -- a run is its configuration
@@ -202,7 +202,8 @@ def test_result_is_written_last(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "write_atomically", remember)
     trainer.train(tiny(nets=("convnet12",), method="ind", epochs=1), tmp_path / "run", "cpu")
-    assert set(written) == {"history.csv", "test.npz", "features.npz", "weights.safetensors", "run.json", "result.json"}
+    files = {"history.csv", "test.npz", "features.npz", "weights.safetensors", "run.json"}
+    assert set(written) == files | {"result.sha256", "result.json"}
     assert written[-1] == "result.json"
 
 
@@ -216,8 +217,8 @@ FILES = ("history.csv", "test.npz", "features.npz", "noise.csv", "weights.safete
 
 
 def test_a_record_has_these_files(record):
-    assert set(record.result["files"]) == set(FILES)
-    assert {p.name for p in record.path.iterdir()} == {*FILES, "run.json", "result.json"}
+    assert set(record.result["files"]) == {*FILES, "run.json"}
+    assert {p.name for p in record.path.iterdir()} == {*FILES, "run.json", "result.json", "result.sha256"}
     assert state(record.run) == "done"
     assert find(record.run) == record.path
 
@@ -226,14 +227,13 @@ def test_a_record_has_these_files(record):
 def test_a_flipped_bit_in_a_file_is_found(name, record):
     for position in (0, -1):
         flip(record.path / name, position)
-        with pytest.raises(UserError, match=f"{name} is damaged: delete its folder") as caught:
+        with pytest.raises(UserError, match=f"{name} is damaged: .*trains the run again") as caught:
             load(record.run).read(name)
         assert "\n" not in str(caught.value)
         if name == "weights.safetensors":  # which may be left out of a record
             with pytest.raises(UserError, match="is damaged"):
                 load_network(record.run)
-        else:
-            assert state(record.run) == "damaged"
+        assert state(record.run) == "damaged"
         flip(record.path / name, position)
         assert state(record.run) == "done"
 
@@ -252,20 +252,21 @@ def test_a_damaged_or_missing_description_is_found(name, record):
     whole = path.read_bytes()
     for content in (bytes([whole[0] ^ 1]) + whole[1:], whole[: len(whole) // 2], b"", b"{}", b"[]", b"\xff\xfe"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="is damaged: delete it") as caught:
+        with pytest.raises(Damaged, match=f"{name} is damaged: .*trains the run again") as caught:
             load(record.run)
         assert "\n" not in str(caught.value)
         assert state(record.run) == "damaged"
-        with pytest.raises(UserError, match="is damaged"):
-            ensure([record.run])
+        assert ensure([record.run], train=False) == {}
     path.write_bytes(whole)
     assert state(record.run) == "done"
 
 
 def tamper(record, **changes):
+    """Give the record the run.json of another time, with its checksums."""
     path = record.path / "run.json"
-    content = json.loads(path.read_bytes())
-    path.write_text(json.dumps(content | changes))
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    files = record.result["files"] | {"run.json": hashlib.sha256(path.read_bytes()).hexdigest()}
+    runs.write_sealed(record.path / "result.json", record.result | {"files": files})
 
 
 def test_a_changed_default_cannot_relabel_an_old_record(record):
@@ -360,11 +361,8 @@ def test_ensure_trains_once(tiny, results, monkeypatch, capsys):
     assert list(first) == [b, a]
     assert first[a].path == results / "small" / "runs" / a.key
     assert state(a) == state(b) == "done"
-    assert {p.name for p in first[a].path.iterdir()} - {".lock"} == {
-        *first[a].result["files"],
-        "run.json",
-        "result.json",
-    }
+    names = {p.name for p in first[a].path.iterdir()} - {".lock"}
+    assert names == {*first[a].result["files"], "result.json", "result.sha256"}
     assert first[a].result["provenance"]["threads"] == 2  # one worker takes both cores
     assert (torch.get_num_threads(), signal.getsignal(signal.SIGINT)) == (threads, handler) != (2, handler)
     forbid(monkeypatch)
@@ -409,7 +407,7 @@ def test_a_run_that_failed_can_succeed(tiny, monkeypatch, capsys):
     with monkeypatch.context() as broken:
 
         def diverge(*_, **__):
-            raise trainer.Diverged("the loss is not finite")
+            raise trainer.Diverged(run, 1, 2, 0.1)
 
         broken.setattr(trainer, "train", diverge)
         with pytest.raises(UserError):
@@ -568,8 +566,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_again(tiny, result
     checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
     said = []
     record = trainer.train(run, folder, "cpu", progress=lambda **message: said.append(message.get("text")))
-    assert any(text and "checkpoint is damaged" in text for text in said)
-    assert (folder / "checkpoint.corrupt").exists()
+    assert any(text and "checkpoint.pt was damaged" in text for text in said)
+    assert (folder / "checkpoint.pt.corrupt").exists()
     assert len(record.history) == 4
 
 
@@ -583,5 +581,7 @@ def test_a_damaged_record_is_named_and_left_out_when_nothing_is_trained(record, 
     (record.path / "history.csv").write_bytes(b"epoch\n")
     assert ensure([record.run], train=False) == {}
     assert "history.csv is damaged" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"history\.csv is damaged"):
-        ensure([record.run])
+    assert ensure([record.run], workers=1)[record.run].heads == record.heads
+    assert "history.csv was damaged and is now history.csv.corrupt: the run is trained again" in capsys.readouterr().err
+    assert (record.path / "history.csv.corrupt").read_bytes() == b"epoch\n"
+    assert state(record.run) == "done"

@@ -1,0 +1,9 @@
+"""Preloaded by the fork server of test_faults: a training, so that its processes begin with everything loaded."""
+
+import tempfile
+from pathlib import Path
+
+import killable
+
+with tempfile.TemporaryDirectory() as folder:
+    killable.trainer.train(killable.Run(**killable.TINY), Path(folder) / "run", "cpu")
