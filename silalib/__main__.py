@@ -5,6 +5,7 @@ not be downloaded, 2 wrong usage.
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -61,6 +62,9 @@ def parser():
         sub.add_argument(
             "--only-whole", action="store_true", help="with --budget: train no run that would not end in it"
         )
+        sub.add_argument("--backend", default="local", choices=["local", "ray"], help="ray: the runs on a Ray cluster")
+        sub.add_argument("--ray-address", help="default: RAY_ADDRESS, the cluster on this machine, or a new one")
+        sub.add_argument("--gpus-per-run", type=float, help="of the Ray cluster's, 1 by default; 0.5 shares one")
         sub.add_argument("--retry", action="store_true", help="train runs again that failed before")
 
     sub = command("train", "train what an exhibit is missing", train)
@@ -96,18 +100,23 @@ def grids(options):
 
 def train_missing(options):
     """Train every run of the exhibits asked for; returns how many have a record, and how many runs there are."""
+    from . import torchrun
     from .runs import ensure
 
     runs = list(dict.fromkeys(run for grid in grids(options).values() for run in grid))
-    records = ensure(
-        runs,
-        options.profile,
-        device=options.device,
-        workers=options.workers,
-        budget=options.budget,
-        only_whole=options.only_whole,
-        retry=options.retry,
-    )
+    with torchrun.leading(options.device):
+        records = ensure(
+            runs,
+            options.profile,
+            device=options.device,
+            workers=options.workers,
+            budget=options.budget,
+            only_whole=options.only_whole,
+            retry=options.retry,
+            backend=options.backend,
+            ray_address=options.ray_address,
+            gpus_per_run=options.gpus_per_run,
+        )
     return len(records), len(runs)
 
 
@@ -177,6 +186,17 @@ def status(options):
     return 0
 
 
+def follow(options):
+    """In the processes of torchrun but the first: take part in its training, if it trains; their exit status."""
+    from . import torchrun
+
+    if not torchrun.follows():
+        return None
+    if "retry" in options and not getattr(options, "no_train", False):
+        torchrun.follow(options.device)
+    return 0
+
+
 def fetch_data(options):
     from . import data, folders
 
@@ -209,6 +229,8 @@ def fetch_data(options):
 def main(arguments=None):
     try:
         options = parser().parse_args(arguments)
+        if "RANK" in os.environ and (code := follow(options)) is not None:
+            return code
         return options.action(options)
     except Stopped as error:
         print(f"silalib: {error}", file=sys.stderr)
