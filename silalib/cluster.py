@@ -17,6 +17,7 @@ from pathlib import Path
 
 from . import data, runs
 from .errors import Damaged, UserError
+from .mailbox import Mailbox
 
 DEATHS = 3
 """How many workers or machines may die under a run before it counts as failed."""
@@ -95,26 +96,6 @@ def mark(folder):
         yield marker
     finally:
         marker.unlink(missing_ok=True)
-
-
-class Mailbox:
-    """An actor beside the driver: what the workers have said, and whether they shall stop."""
-
-    def __init__(self):
-        self.messages, self.stopped = [], False
-
-    def tell(self, message):
-        self.messages.append(message)
-
-    def stop(self):
-        self.stopped = True
-
-    def is_stopped(self):
-        return self.stopped
-
-    def collect(self):
-        messages, self.messages = self.messages, []
-        return messages
 
 
 def follow(ray, pending, job, workers, stopped, progress, marker, gpus):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from shared_runs import BATCHES, NETWORKS, SMOOTH, UNEVEN
 
-from silalib import trainer
-from silalib.errors import UserError
+from silalib import launch, trainer
+from silalib.errors import Damaged, UserError
 from silalib.models import MODELS, count_parameters
-from silalib.parallel import DATA, NETWORK, layout
+from silalib.parallel import DATA, NETWORK, Ranks, layout
 from silalib.paths import ROOT
-from silalib.runs import Run, load_folder
+from silalib.runs import CHECKPOINTS, Run, failure, load_folder
 
 BATCH, CLASSES = 16, 10
 
@@ -178,9 +178,22 @@ def test_a_signal_to_one_process_stops_all_and_both_layouts_go_on(together, alon
     # a part of the batches is no other state than one process has
     assert_equal(trainer.train(batches, elsewhere / batches.key, "cpu"), alone(batches), 1e-4)
 
+    ranks = Ranks()
+    ranks.layout, ranks.rank, ranks.size = NETWORK, 1, 2
+    ranks.from_first = lambda _: (elsewhere / networks.key / "checkpoint.pt", 6)
+    own = elsewhere / networks.key / "checkpoint.1-6.pt"
+    own.write_bytes(own.read_bytes()[:-1])
+    with pytest.raises(Damaged, match=r"checkpoint.1-6.pt is damaged: delete checkpoint\*.pt beside it"):
+        trainer.train(networks, elsewhere / networks.key, "cpu", ranks=ranks)
+
+    latest, previous = (folder / batches.key / name for name in CHECKPOINTS)
+    latest.replace(previous)
+    latest.write_bytes(b"damaged")
     done, notes = torchrun(tmp_path, "two")
     assert done.returncode == 0, done.stderr
     assert [seen[networks.key]["first"] for seen in notes] == [6, 6]
+    assert [seen[batches.key]["first"] for seen in notes] == [1, 1]
+    assert latest.with_name("checkpoint.pt.corrupt").read_bytes() == b"damaged"
     assert not list(folder.glob("*/*.pt"))
     for run in (networks, batches):
         record = load_folder(run, folder / run.key)
@@ -188,11 +201,24 @@ def test_a_signal_to_one_process_stops_all_and_both_layouts_go_on(together, alon
         assert record.read("weights.safetensors") == (together[2] / run.key / "weights.safetensors").read_bytes()
 
 
-def test_workers_are_refused(tmp_path):
-    from silalib.launch import train_all
+@pytest.fixture
+def one_of_two(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHELASTIC_RUN_ID", "here")
-        patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UserError, match="leave out --workers"):
-            train_all([NETWORKS["sila"]], tmp_path, "cpu", 2, None, False, False)
+
+def test_workers_are_refused(one_of_two, tmp_path):
+    with pytest.raises(UserError, match="leave out --workers"):
+        launch.train_all([NETWORKS["sila"]], tmp_path, "cpu", 2, None, False, False)
+
+
+def test_an_unknown_error_ends_the_process_for_which_others_may_wait(one_of_two, results, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bad kernel")
+
+    monkeypatch.setattr(launch.torchrun, "train", fail)
+    run, folder = NETWORKS["sila"], results / "quick" / "runs"
+    job = launch.Job(folder, "cpu", 1, None, False, False)
+    with pytest.raises(SystemExit, match="RuntimeError: a bad kernel"):
+        launch.attempt(job, run, lambda: False, lambda **_: None)
+    assert "in fail" in failure(run)["traceback"]
