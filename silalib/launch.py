@@ -213,11 +213,23 @@ def start_worker(messages, stop):
     _messages, _stop = messages, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=outlive_nothing, daemon=True).start()
+
+
+_working = threading.Lock()
+
+
+def outlive_nothing():
+    """End this worker when the main process is gone, once the run in progress is saved; it would wait for ever."""
+    multiprocessing.parent_process().join()
+    _working.acquire()
+    os._exit(1)
 
 
 def work(job, run):
     stopped = lambda: _stop.is_set() or not multiprocessing.parent_process().is_alive()
-    return attempt(job, run, stopped, lambda **message: _messages.put(message))
+    with _working:
+        return attempt(job, run, stopped, lambda **message: _messages.put(message))
 
 
 @contextmanager

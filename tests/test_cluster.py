@@ -16,7 +16,7 @@ from silalib.runs import CHECKPOINTS, ensure, failure, state, write_failure
 
 PRESENT = importlib.util.find_spec("ray") is not None or "SILALIB_NEEDS_RAY" in os.environ
 needs_ray = pytest.mark.skipif(not PRESENT, reason="Ray is not installed: pip install -e '.[cluster]'")
-pytestmark = pytest.mark.filterwarnings("default")  # Ray's own are not ours to mend
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's warnings are not ours to mend
 
 
 @pytest.fixture(scope="module")

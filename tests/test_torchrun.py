@@ -17,6 +17,8 @@ from silalib.parallel import DATA, NETWORK, Ranks, layout
 from silalib.paths import ROOT
 from silalib.runs import CHECKPOINTS, Run, failure, load_folder
 
+pytestmark = pytest.mark.slow  # processes that import torch, many times
+
 BATCH, CLASSES = 16, 10
 
 
