@@ -34,5 +34,6 @@ class ConvNet12(nn.Module):
 
 
 def convnet12(num_classes, in_channels=1, width=1.0, stem="cifar"):
+    """The 12-layer network of Figure 6 with 64 channels at width 1; see ConvNet12."""
     check_stem(stem)
     return ConvNet12(num_classes, in_channels, width)

@@ -33,5 +33,6 @@ def conv_bn_relu(inputs, channels, kernel, stride=1, groups=1):
 
 
 def mobilenet(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    """MobileNetV1; see MobileNet."""
     check_stem(stem)
     return MobileNet(num_classes, in_channels, width)
