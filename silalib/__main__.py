@@ -146,7 +146,7 @@ def report(options):
     code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
     shown = dict.fromkeys(run for grid in grids(options).values() for run in grid)
     states = [state(run) for run in shown]
-    if missing := len(states) - states.count("done"):
+    if missing := len(states) - states.count("done") - states.count("damaged"):
         print(f"{missing} of {len(states)} runs not run; the pages say what is missing", file=sys.stderr)
     if damaged := states.count("damaged"):
         print(f"silalib: error: {damaged} runs have a damaged record, see `status`", file=sys.stderr)
