@@ -385,7 +385,11 @@ def load_folder(run, folder):
         result = read_sealed(path, required=False)
         if "run.json" in result["files"]:  # records from before there were checksums of these two do not have it
             read_sealed(path)
-        result["heads"], result["provenance"], result["files"].keys()
+        result["heads"], result["provenance"]
+        record = Record(run, folder, result)
+        for name in result["files"]:
+            if not name.endswith(".safetensors"):  # which need not be kept
+                record.read(name)
         path = folder / "run.json"
         identity = json.loads(read_bytes(path))
         config, protocol = identity["config"], identity["protocol"]
@@ -399,10 +403,6 @@ def load_folder(run, folder):
     known = known_checksum(run.dataset)
     if known and known != result["provenance"].get("data_sha256"):
         raise UserError(f"{folder} was trained on other data than {run.dataset} is here: move it away")
-    record = Record(run, folder, result)
-    for name in result["files"]:
-        if not name.endswith(".safetensors"):  # which need not be kept
-            record.read(name)
     return record
 
 
