@@ -13,9 +13,9 @@ find_python() {
         fi
     done
     python=.venv/bin/python
-    done=.venv/installed-$extras
+    done=.venv/installed
     stamp="$(cksum <pyproject.toml) $(cksum <constraints.txt)"
-    if [ -e "$done" ] && [ "$(cat "$done")" = "$stamp" ]; then
+    if [ -e "$done" ] && [ "$(cat "$done")" = "$stamp" ] && "$python" -P -c "$import" silalib torch "$@"; then
         return
     fi
     for base in python3 python python3.13 python3.12 python3.11 ""; do

@@ -1,10 +1,11 @@
 """The command line: python -m silalib train|status|report|data|bench.
 
-Exit status: 0 all done, 75 stopped by the budget or a signal with work left, 1 a run or a page failed or data are
-missing, 2 wrong usage.
+Exit status: 0 all done, 75 stopped by the budget or a signal with work left, 1 a run or a page failed or data could
+not be downloaded, 2 wrong usage.
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -61,6 +62,9 @@ def parser():
         sub.add_argument(
             "--only-whole", action="store_true", help="with --budget: train no run that would not end in it"
         )
+        sub.add_argument("--backend", default="local", choices=["local", "ray"], help="ray: the runs on a Ray cluster")
+        sub.add_argument("--ray-address", help="default: RAY_ADDRESS, the cluster on this machine, or a new one")
+        sub.add_argument("--gpus-per-run", type=float, help="of the Ray cluster's, 1 by default; 0.5 shares one")
         sub.add_argument("--retry", action="store_true", help="train runs again that failed before")
 
     sub = command("train", "train what an exhibit is missing", train)
@@ -104,18 +108,23 @@ def grids(options):
 
 def train_missing(options):
     """Train every run of the exhibits asked for; returns how many have a record, and how many runs there are."""
+    from . import torchrun
     from .runs import ensure
 
     runs = list(dict.fromkeys(run for grid in grids(options).values() for run in grid))
-    records = ensure(
-        runs,
-        options.profile,
-        device=options.device,
-        workers=options.workers,
-        budget=options.budget,
-        only_whole=options.only_whole,
-        retry=options.retry,
-    )
+    with torchrun.leading(options.device):
+        records = ensure(
+            runs,
+            options.profile,
+            device=options.device,
+            workers=options.workers,
+            budget=options.budget,
+            only_whole=options.only_whole,
+            retry=options.retry,
+            backend=options.backend,
+            ray_address=options.ray_address,
+            gpus_per_run=options.gpus_per_run,
+        )
     return len(records), len(runs)
 
 
@@ -144,7 +153,10 @@ def report(options):
     names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
     code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
     shown = dict.fromkeys(run for grid in grids(options).values() for run in grid)
-    if damaged := sum(state(run) == "damaged" for run in shown):
+    states = [state(run) for run in shown]
+    if missing := len(states) - states.count("done") - states.count("damaged"):
+        print(f"{missing} of {len(states)} runs not run; the pages say what is missing", file=sys.stderr)
+    if damaged := states.count("damaged"):
         print(f"silalib: error: {damaged} runs have a damaged record, see `status`", file=sys.stderr)
         code = 1
     return code
@@ -179,6 +191,17 @@ def status(options):
     if left and speeds:
         each = sum(left.values()) * sum(speeds) / len(speeds)
         print(f"about {duration(each)} left for one worker, at the speed at which {len(speeds)} finished runs trained")
+    return 0
+
+
+def follow(options):
+    """In the processes of torchrun but the first: take part in its training, if it trains; their exit status."""
+    from . import torchrun
+
+    if not torchrun.follows():
+        return None
+    if "retry" in options and not getattr(options, "no_train", False):
+        torchrun.follow(options.device)
     return 0
 
 
@@ -222,6 +245,8 @@ def measure_speed(options):
 def main(arguments=None):
     try:
         options = parser().parse_args(arguments)
+        if "RANK" in os.environ and (code := follow(options)) is not None:
+            return code
         return options.action(options)
     except Stopped as error:
         print(f"silalib: {error}", file=sys.stderr)

@@ -81,7 +81,7 @@ class Ours:
 
     def __init__(self, run, device, speed):
         with tempfile.TemporaryDirectory() as folder:
-            self.training = Training(run, folder, device, lambda: None, lambda **message: None, None, speed)
+            self.training = Training(run, folder, device, lambda: None, lambda **message: None, None, speed=speed)
         self.epochs = 0
 
     def epoch(self):
@@ -168,7 +168,7 @@ def measure(run, device, speeds, rounds, steps, reference):
                     if name in ours:
                         tests[name].append(seconds(device, loops[name], loops[name].test))
         del loops["reference"]
-    macs = sum(count_macs(net, spec.image) for net in ours[speeds[0]].training.nets)
+    macs = sum(count_macs(net, spec.image) for net in ours[speeds[0]].training.nets.values())
     rows = []
     for name, loop in ours.items():
         dtype = loop.training.dtypes[0]

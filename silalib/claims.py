@@ -28,8 +28,9 @@ class Effect:
     """One comparison, positive where it speaks for the claim.
 
     mean, half: over seeds, half-width NaN for one seed; images: (mean, half) of the same comparison over test images,
-    or None. won of total: cells whose mean over seeds is above zero. runs: the runs it rests on. exact: a comparison
-    that claims equality, so that any difference speaks against it.
+    or None. won of total: cells whose mean over seeds is above zero. missing: cells of the grid that are not in total,
+    for want of records. runs: the runs it rests on. exact: a comparison that claims equality, so that any difference
+    speaks against it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Effect:
     images: tuple | None = None
     won: int = 0
     total: int = 0
+    missing: int = 0
     runs: tuple = ()
     exact: bool = False
 
@@ -49,8 +51,12 @@ class Effect:
             return "not run"
         if self.seeds < 2:
             return "inconclusive"
+        if self.exact and self.won < self.total:
+            return "not reproduced"
+        if self.missing:
+            return "inconclusive"
         if self.exact:
-            return "reproduced" if self.won == self.total else "not reproduced"
+            return "reproduced"
         if self.mean > self.half and self.won > self.total / 2:
             return "reproduced"
         if self.mean < -self.half and self.won < self.total / 2:
@@ -121,6 +127,9 @@ class Judged:
             notes.append("stand-in data judge nothing in the paper")
         if self.runs and len(self.seeds) < 2:
             notes.append("fewer than two seeds")
+        parts = [f"{e.total} of {e.total + e.missing} cells" for e in self.effects if e.total and e.missing]
+        if parts:
+            notes.append(", ".join(dict.fromkeys(parts)))
         missing = [effect.name for effect in self.effects if not effect.total]
         if self.runs and missing:
             notes.append(f"not run: {', '.join(missing)}")
@@ -140,9 +149,13 @@ class Evidence:
     records: dict = field(default_factory=dict)
     tables: pd.DataFrame = None
 
+    def planned(self, exhibit, method):
+        """The runs of an exhibit with a method, finished or not."""
+        return [run for run in self.grids.get(exhibit, ()) if run.method == method]
+
     def found(self, exhibit, method):
         """The finished runs of an exhibit with a method."""
-        return [run for run in self.grids.get(exhibit, ()) if run.method == method and run in self.records]
+        return [run for run in self.planned(exhibit, method) if run in self.records]
 
 
 def evidence(grids, records):
@@ -189,7 +202,7 @@ def every_cell(found):
     """Claim 1: SiLa over IND in every metric that the tables print."""
     better = gains(found.tables, "sila", "ind")
     for metric, title in summary.METRICS.items():
-        if metric == "top1" or (better["metric"] == metric).any():
+        if metric == "top1" or better.loc[better["metric"] == metric, "gain"].notna().any():
             unit = "nats" if metric == "nll" else "points"
             yield table_effect(f"{title}, SiLa over IND", unit, better[better["metric"] == metric], found, metric)
 
@@ -244,22 +257,37 @@ EMPTY = pd.Series(dtype=float)
 
 
 def exits(found):
-    """Claim 5: top-1 of every exit at its cost (anytime, Figure 5), and at equal average costs (budgeted, Figure 4)."""
-    pairs = lambda exhibit: [
-        (run, alone) for run in found.found(exhibit, "sila") if (alone := replace(run, method="ind")) in found.records
-    ]
+    """Claim 5: top-1 of every exit at its cost (anytime, Figure 5), and at equal average costs (budgeted, Figure 4).
+
+    A cell is an exit of a network in the first, and a network in the second, with its mean over the costs: the top-1
+    at neighbouring costs is nearly the same number.
+    """
     rows = []
-    for run, alone in pairs("fig5"):
-        for k, (a, b) in enumerate(zip(found.records[run].heads, found.records[alone].heads)):
-            if a["macs"] == b["macs"]:
-                rows.append(row((*network(run), k), run.seed, a["top1"] - b["top1"], run, alone, k, k))
+    for run, alone in with_alone(found, "fig5"):
+        for k in range(run.n_heads):
+            gain = np.nan
+            if run in found.records and alone in found.records:
+                a, b = found.records[run].heads[k], found.records[alone].heads[k]
+                gain = a["top1"] - b["top1"] if a["macs"] == b["macs"] else np.nan
+            rows.append(row((*network(run), k), run.seed, gain, run, alone, k, k))
     yield effect("top-1 of each exit, anytime", "points", rows, found.records, "top1")
+    networks = defaultdict(list)
+    for pair in with_alone(found, "fig4"):
+        networks[network(pair[0])].append(pair)
     rows = []
-    for run, alone in pairs("fig4"):
-        curves = [early_exit.budgeted(found.records[r]) for r in (run, alone)]
-        for i, gain in enumerate(early_exit.gain_at_equal_costs(*curves)):
-            rows.append(row((*network(run), i), run.seed, gain, run, alone))
-    yield effect("top-1 at each average cost, budgeted", "points", rows)
+    for cell, pairs in networks.items():
+        done = [pair for pair in pairs if all(run in found.records for run in pair)]
+        curves, baselines = ([early_exit.budgeted(found.records[pair[i]]) for pair in done] for i in (0, 1))
+        gains = dict(zip(done, early_exit.gains_at_equal_costs(curves, baselines).mean(axis=1)))
+        rows += [row(cell, pair[0].seed, gains.get(pair, np.nan), *pair) for pair in pairs]
+    yield effect("top-1 of each network at equal average costs, budgeted", "points", rows)
+
+
+def with_alone(found, exhibit):
+    """Pairs of runs of an exhibit, finished or not: with SiLa over the exits, and the same network without."""
+    planned = set(found.planned(exhibit, "ind"))
+    pairs = [(run, replace(run, method="ind")) for run in found.planned(exhibit, "sila")]
+    return [(run, alone) for run, alone in pairs if alone in planned]
 
 
 def concentrated(found):
@@ -280,7 +308,7 @@ def robust(found):
         rows = []
         for run, other in beside(found, "fig7", "sila", over):
             for head in range(len(run.nets)):
-                value = last(run, head) - last(other, min(head, len(other.nets) - 1))
+                value = last(run, head) - last(other, other.slot(head))
                 rows.append(row(f"Net{head + 1}", run.seed, value, run, other))
         yield effect(f"last training NLL, SiLa above {LABELS[over]}", "nats", rows)
     for method in ("sila", "dml"):
@@ -310,13 +338,16 @@ def nothing_added(found):
     for exhibit in found.grids:
         if exhibit == "coupling":
             continue
-        alone = {(*network(run), run.seed): run for run in found.found(exhibit, "ind")}
-        for run in found.found(exhibit, "sila"):
-            for head, values in enumerate(found.records[run].heads):
-                slot = min(head, len(run.nets) - 1)
-                if ind := alone.get((*network(run, slot), run.seed)):
-                    added = values["parameters"] - found.records[ind].heads[0]["parameters"]
-                    rows.append(row((exhibit, run.nets, *network(run, slot), head), run.seed, added, run, ind))
+        alone = {(*network(run), run.seed): run for run in found.planned(exhibit, "ind")}
+        for run in found.planned(exhibit, "sila"):
+            for head in range(run.n_heads):
+                same = network(run, run.slot(head))
+                if ind := alone.get((*same, run.seed)):
+                    added = np.nan
+                    if run in found.records and ind in found.records:
+                        values = found.records[run].heads[head], found.records[ind].heads[0]
+                        added = values[0]["parameters"] - values[1]["parameters"]
+                    rows.append(row((exhibit, run.nets, *same, head), run.seed, added, run, ind))
     yield effect("parameters added to a network", "", rows, exact=True)
 
 
@@ -342,6 +373,7 @@ def network(run, slot=0):
 
 
 def row(cell, seed, gain, run, run_over, head=0, head_over=0):
+    """One comparison of a grid; its gain is NaN where a record is missing."""
     return dict(cell=cell, seed=seed, gain=gain, run=run, run_over=run_over, head=head, head_over=head_over)
 
 
@@ -380,39 +412,35 @@ def table_effect(name, unit, better, found, metric=None):
         return effect(name, unit, rows, found.records, metric)
     every = effect(name, unit, rows)
     top1 = [r for r in rows if r["cell"][-1] == "top1"]
-    return replace(effect(name, unit, top1, found.records, "top1"), won=every.won, total=every.total)
+    return replace(
+        effect(name, unit, top1, found.records, "top1"), won=every.won, total=every.total, missing=every.missing
+    )
 
 
 def effect(name, unit, rows, records=None, metric=None, exact=False):
-    """The Effect of comparisons made by `row`, on cells and seeds that are complete together.
+    """The Effect of comparisons made by `row`, on cells and seeds that are complete together (`summary.over_cells`).
 
     With a metric, and per-image data in the records, also its interval over test images.
     """
     if not rows:
         return Effect(name, unit, exact=exact)
-    frame = pd.DataFrame(rows)
-    table = complete(frame.pivot_table("gain", "cell", "seed", "first"))
-    used = [r for r in rows if r["cell"] in table.index and r["seed"] in table.columns]
-    mean, half = summary.interval(table.mean(axis=0))
-    cells = table.mean(axis=1)
-    won = (cells == 0) if exact else (cells > 0)
+    over = summary.over_cells(pd.DataFrame(rows))
+    used = [r for r in rows if r["cell"] in over.gains.index and r["seed"] in over.gains.columns]
+    if not used:
+        return Effect(name, unit, missing=over.missing, exact=exact)
     return Effect(
         name,
         unit,
-        mean,
-        half,
-        seeds=table.shape[1],
+        over.mean,
+        over.half,
+        seeds=over.gains.shape[1],
         images=over_images(used, records, metric) if metric else None,
-        won=int(won.sum()),
-        total=len(cells),
+        won=int((over.gains == 0).all(axis=1).sum()) if exact else over.won,
+        total=over.total,
+        missing=over.missing,
         runs=tuple(dict.fromkeys(run for r in used for run in (r["run"], r["run_over"]) if run is not None)),
         exact=exact,
     )
-
-
-def complete(table):
-    """The larger part of a table of cells and seeds that has no gaps: all of its seeds, or all of its cells."""
-    return max(table.dropna(axis="index"), table.dropna(axis="columns"), key=lambda part: (part.size, part.shape[1]))
 
 
 def over_images(rows, records, metric):

@@ -179,10 +179,17 @@ def _verified(name, arrays):
     return Images(*arrays, digest.hexdigest())
 
 
+def here(name):
+    """Whether a data set is embedded or its files are here; a cheap look that downloads and verifies nothing."""
+    found = dataset(name)
+    if found.prepared:
+        return (data_folder() / found.folder / "dataset.json").exists()
+    return not found.folder or any((data_folder() / found.folder).glob("*"))
+
+
 def fetch(name):
     """Download a data set that is not here yet; a cheap look where it is. Raises as `load` does."""
-    folder = dataset(name).folder
-    if dataset(name).prepared or (folder and not any((data_folder() / folder).glob("*"))):
+    if dataset(name).prepared or not here(name):
         load(name)
 
 

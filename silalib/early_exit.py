@@ -64,7 +64,8 @@ def fractions(q, exits):
 def fractions_for(budget, costs):
     """The exit fractions proportional to q^k whose average cost is the budget, in MACs an image; shape (C,).
 
-    A budget above the last exit's cost buys nothing more: every sample goes to the last exit. Raises UserError for a
+    A budget above the last exit's cost buys nothing more: every sample goes to the last exit. q stays between exp(-40)
+    and exp(40), where all samples are at one end up to rounding. Raises UserError for a
     budget below the first exit's cost.
     """
     from scipy.optimize import brentq
@@ -75,7 +76,13 @@ def fractions_for(budget, costs):
     if budget == costs[0] or budget >= costs[-1]:
         return np.eye(len(costs))[0 if budget < costs[-1] else -1]
     excess = lambda log_q: fractions(np.exp(log_q), len(costs)) @ costs - budget
-    return fractions(np.exp(brentq(excess, -40, 40, xtol=1e-12)), len(costs))
+    if excess(-40) >= 0:
+        log_q = -40
+    elif excess(40) <= 0:
+        log_q = 40
+    else:
+        log_q = brentq(excess, -40, 40, xtol=1e-12)
+    return fractions(np.exp(log_q), len(costs))
 
 
 def thresholds(confidence, shares):
@@ -110,7 +117,10 @@ def evaluate(confidence, correct, limits, costs):
     """What thresholds (C,) give on samples of confidence and correctness (C, n), with the exits' budgeted costs (C,).
 
     Returns top1 in percent, macs (the average cost of a sample) and shares (C,), the part that left at each exit.
+    UserError without samples.
     """
+    if not confidence.shape[1]:
+        raise UserError("there are no samples to evaluate: give at least one")
     exits = leaves_at(confidence, limits)
     shares = np.bincount(exits, minlength=len(costs)) / len(exits)
     hits = correct[exits, np.arange(len(exits))]
@@ -154,12 +164,19 @@ def at_costs(curve, costs):
     return np.interp(costs, ordered["macs"], ordered["top1"])
 
 
-def gain_at_equal_costs(curve, baseline, points=50):
-    """The gain in top-1 (points) of a curve over another, shape (points,), at equal costs that both reach."""
-    lowest = max(c["macs"].min() for c in (curve, baseline))
-    highest = min(c["macs"].max() for c in (curve, baseline))
+def gains_at_equal_costs(curves, baselines, points=50):
+    """The gains in top-1 (points) of curves over others, paired by seed; shape (seeds, points).
+
+    The costs are the same for all seeds of a network: evenly spaced where all of its curves reach. Shape
+    (0, points) without curves, or without a cost that all reach.
+    """
+    every = [*curves, *baselines]
+    lowest = max((curve["macs"].min() for curve in every), default=np.inf)
+    highest = min((curve["macs"].max() for curve in every), default=-np.inf)
+    if lowest > highest:
+        return np.empty((0, points))
     costs = np.linspace(lowest, highest, points)
-    return at_costs(curve, costs) - at_costs(baseline, costs)
+    return np.array([at_costs(curve, costs) - at_costs(other, costs) for curve, other in zip(curves, baselines)])
 
 
 # -- inference
@@ -168,12 +185,14 @@ def gain_at_equal_costs(curve, baseline, points=50):
 class UpTo(nn.Module):
     """An MSDNet that ends at one exit: images -> its logits (B, N); anytime prediction with a budget known before.
 
-    model: an MSDNet, or what `load_network` gives.
+    model: an MSDNet, or what `load_network` gives. UserError for an exit that it does not have.
     """
 
     def __init__(self, model, exit):
         super().__init__()
         self.before, network = _parts(model)
+        if not 0 <= exit < len(network.blocks):
+            raise UserError(f"exit {exit}: this network has exits 0 to {len(network.blocks) - 1}")
         self.blocks = nn.Sequential(*network.blocks[: exit + 1])
         self.classifier = network.classifiers[exit]
         self.eval()
@@ -209,7 +228,7 @@ class EarlyExit(nn.Module):
             features = block(features)
             z = classifier(features[-1])
             logits = z if logits is None else logits.index_copy_(0, waiting, z)
-            stay = z.log_softmax(1).amax(1).exp() < threshold
+            stay = ~(z.log_softmax(1).amax(1).exp() >= threshold)  # NaN reaches no threshold
             if k + 1 == len(self.thresholds) or not stay.any():
                 exits[waiting] = k
                 break

@@ -267,6 +267,22 @@ EXHIBITS = {
 }
 
 
+def not_run(grid, records):
+    """A line of Markdown for each data set with runs that have no record: how many, and how to get them; or ""."""
+    lines = []
+    for name in dict.fromkeys(run.dataset for run in grid if run not in records):
+        runs = [run for run in grid if run.dataset == name]
+        missing = sum(run not in records for run in runs)
+        how = "they are not trained yet"
+        if not data.here(name):
+            how = "its data are not here, they are downloaded by training"
+            if data.dataset(name).prepared:
+                how = f"its data are not here: `python -m silalib data {name} --from DIR` prepares them from your own"
+                how += " copy, see `data/README.md`"
+        lines.append(f"**Not run:** {missing} of {len(runs)} runs on {data.dataset(name).title}; {how}.\n")
+    return "\n".join(lines)
+
+
 def title(profile, dataset):
     """What a figure or table is labelled with: the data it was trained on and the profile."""
     stand_in = ", a stand-in for the real data" if profile == "quick" else ""

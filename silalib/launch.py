@@ -17,19 +17,20 @@ from pathlib import Path
 
 import torch
 
-from . import data, runs, trainer
+from . import data, runs, torchrun, trainer
 from .errors import Damaged, MissingData, NoRoom, Stopped, UserError
 from .models import count_macs
 from .progress import Progress, duration, numbers
 
 
-def train_all(pending, folder, device, workers, budget, only_whole, retry):
-    """Train the pending runs, each into folder/<key>; see `runs.ensure` for the arguments.
+def train_all(pending, folder, device, workers, budget, only_whole, retry, ray=None):
+    """Train the pending runs, each into folder/<key>; see `runs.ensure` for the arguments, `cluster.Ray` for ray.
 
     A run that fails, or whose data are missing, does not keep the others from training; that is raised at the end.
     Data that cannot be downloaded, only prepared, are not raised: their runs are left out and said to be.
     """
-    device = trainer.pick_device(device)
+    if torchrun.size() > 1 and (workers or ray):
+        raise UserError("torchrun's processes train the runs together: leave out --workers and --backend ray")
     missing = {}
     for name in dict.fromkeys(run.dataset for run in pending):
         try:
@@ -39,12 +40,16 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
     here = [run for run in pending if run.dataset not in missing]
     if budget is None:  # the longest first, so that no worker is left with a long one at the end
         here.sort(key=cost, reverse=True)
-    at_once = workers or (cpu_cores() if device.type == "cpu" else 1)
-    workers = min(at_once, len(here))
+    threads = 1
+    if ray is None:
+        cpu, shared = trainer.pick_device(device).type == "cpu", torchrun.size() > 1
+        at_once = torchrun.local_size() if shared else workers or (cpu_cores() if cpu else 1)
+        threads = max(1, cpu_cores() // at_once) if cpu else 1
+        workers = 1 if shared else min(at_once, len(here))
     job = Job(
         folder,
-        str(device),
-        threads=max(1, cpu_cores() // at_once) if device.type == "cpu" else 1,
+        device,
+        threads,
         deadline=None if budget is None else time.time() + budget,
         only_whole=only_whole,
         retry=retry,
@@ -54,7 +59,8 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry):
         progress = Progress({run: cost(run) for run in here})
         try:
             with interruptible() as stopped:
-                outcomes = (in_this_process if workers == 1 else in_workers)(here, job, workers, stopped, progress)
+                train_here = ray or (in_this_process if workers == 1 else in_workers)
+                outcomes = train_here(here, job, workers, stopped, progress)
         finally:
             progress.close()
     failed = [e for e in outcomes.values() if isinstance(e, Exception) and not isinstance(e, Stopped)]
@@ -110,10 +116,10 @@ class Job:
                 hurry = self.deadline - time.time() if self.deadline and self.only_whole else None
                 torch.set_num_threads(self.threads)
                 try:
-                    trainer.train(run, folder, self.device, stop, tell, hurry)
+                    train = torchrun.train if torchrun.size() > 1 else trainer.train
+                    train(run, folder, self.device, stop, tell, hurry)
                 except trainer.Diverged as error:
-                    for name in runs.CHECKPOINTS:  # they may hold weights that are lost already
-                        (folder / name).unlink(missing_ok=True)
+                    runs.remove_leftovers(folder)  # the checkpoints may hold weights that are lost already
                     runs.write_failure(folder, error, epoch=error.epoch, step=error.step, lr=error.lr)
                     raise
             record = runs.load(run)
@@ -195,7 +201,10 @@ def attempt(job, run, stopped, tell):
         line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         with suppress(UserError, OSError):
             runs.write_failure(folder, line, traceback=traceback.format_exc())
-        return UserError(f"{run}: {line} (an error that is not yours to mend; more in {folder / 'failed.json'})")
+        text = f"{run}: {line} (an error that is not yours to mend; more in {folder / 'failed.json'})"
+        if torchrun.size() > 1:  # the other processes may wait for this one: torchrun ends them when it ends
+            raise SystemExit(f"silalib: error: {text}") from None
+        return UserError(text)
 
 
 def start_worker(messages, stop):
@@ -204,11 +213,23 @@ def start_worker(messages, stop):
     _messages, _stop = messages, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=outlive_nothing, daemon=True).start()
+
+
+_working = threading.Lock()
+
+
+def outlive_nothing():
+    """End this worker when the main process is gone, once the run in progress is saved; it would wait for ever."""
+    multiprocessing.parent_process().join()
+    _working.acquire()
+    os._exit(1)
 
 
 def work(job, run):
     stopped = lambda: _stop.is_set() or not multiprocessing.parent_process().is_alive()
-    return attempt(job, run, stopped, lambda **message: _messages.put(message))
+    with _working:
+        return attempt(job, run, stopped, lambda **message: _messages.put(message))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from importlib.resources import files
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from . import summary
 from .losses import LABELS
 from .paths import results_folder
 from .runs import write_atomically
@@ -20,7 +21,7 @@ def use_style():
 def gains(rows, methods, title):
     """A figure of `summary.over_seeds`: each network row's gain in top-1 over IND with its 95% interval, by method.
 
-    A cross beside a point is the gain that the paper prints.
+    A cross beside a point is the gain that the paper prints. The title is followed by the number of seeds.
     """
     top1 = rows[(rows["metric"] == "top1") & rows["method"].isin([LABELS[m] for m in methods])]
     names = list(dict.fromkeys(zip(top1["pair"], top1["net"])))
@@ -28,15 +29,14 @@ def gains(rows, methods, title):
     for i, method in enumerate(methods):
         part = top1[top1["method"] == LABELS[method]]
         y = [names.index(key) + 0.2 * (i - (len(methods) - 1) / 2) for key in zip(part["pair"], part["net"])]
-        xerr = part["gain_half"].fillna(0)
-        ax.errorbar(part["gain"], y, xerr=xerr, fmt="o", color=COLOURS[method], label=LABELS[method])
+        ax.errorbar(part["gain"], y, xerr=part["gain_half"], fmt="o", color=COLOURS[method], label=LABELS[method])
         ax.plot(part["paper_gain"], y, "x", color=COLOURS[method], alpha=0.6)
     ax.plot([], [], "x", color="#777777", label="the paper's gain")
     ax.axvline(0, color="#333333", linewidth=1)
     ax.set_yticks(range(len(names)), [f"{pair}, Net{net}" for pair, net in names])
     ax.invert_yaxis()
     ax.set_xlabel("gain in top-1 over IND (percentage points)")
-    ax.set_title(title, loc="right")
+    ax.set_title(f"{title}{summary.seeds(top1['gain_n'], ', ')}", loc="right")
     fig.legend(loc="outside lower center", ncols=len(methods) + 1)
     return fig
 

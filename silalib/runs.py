@@ -74,7 +74,7 @@ class Run:
     noise_sigmas: int = 10
     noise_draws: int = 10
     hessian_images: int = 0  # training images for the largest Hessian eigenvalue at the end; 0 leaves it out
-    blocks: int | None = None  # of an MSDNet, so many of its first blocks; None for all
+    blocks: int | None = None  # of an MSDNet: its own network of so many blocks; None for all
 
     def __post_init__(self):
         nets = (self.nets,) if isinstance(self.nets, str) else self.nets
@@ -164,6 +164,10 @@ class Run:
     def n_heads(self):
         """How many heads a loss sees: the networks, or the exits of one network."""
         return self.blocks or EXITS.get(self.nets[0], len(self.nets))
+
+    def slot(self, head):
+        """The slot of the network that a head belongs to; all exits of an MSDNet belong to slot 0."""
+        return min(head, len(self.nets) - 1)
 
     def network(self, slot):
         """A new network of one slot, with initial weights from torch's generator."""
@@ -345,9 +349,15 @@ def write_record(run, folder, result, files):
     for name, content in files.items():
         write_atomically(folder / name, content)
     write_sealed(folder / "result.json", {**result, "files": {name: sha256(files[name]) for name in files}})
-    for leftover in (*CHECKPOINTS, "failed.json"):
-        (folder / leftover).unlink(missing_ok=True)
+    remove_leftovers(folder)
     return load_folder(run, folder)
+
+
+def remove_leftovers(folder, but=()):
+    """Remove all checkpoints of a run and why it failed, but for files of these names."""
+    for leftover in (*folder.glob("checkpoint*.pt"), folder / "failed.json"):
+        if leftover.name not in but:
+            leftover.unlink(missing_ok=True)
 
 
 def find(run):
@@ -375,7 +385,11 @@ def load_folder(run, folder):
         result = read_sealed(path, required=False)
         if "run.json" in result["files"]:  # records from before there were checksums of these two do not have it
             read_sealed(path)
-        result["heads"], result["provenance"], result["files"].keys()
+        result["heads"], result["provenance"]
+        record = Record(run, folder, result)
+        for name in result["files"]:
+            if not name.endswith(".safetensors"):  # which need not be kept
+                record.read(name)
         path = folder / "run.json"
         identity = json.loads(read_bytes(path))
         config, protocol = identity["config"], identity["protocol"]
@@ -389,10 +403,6 @@ def load_folder(run, folder):
     known = known_checksum(run.dataset)
     if known and known != result["provenance"].get("data_sha256"):
         raise UserError(f"{folder} was trained on other data than {run.dataset} is here: move it away")
-    record = Record(run, folder, result)
-    for name in result["files"]:
-        if not name.endswith(".safetensors"):  # which need not be kept
-            record.read(name)
     return record
 
 
@@ -502,7 +512,19 @@ def lock(folder, wait, message=lambda text: None):
         held.release()
 
 
-def ensure(runs, profile="quick", device="auto", workers=None, train=True, budget=None, only_whole=False, retry=False):
+def ensure(
+    runs,
+    profile="quick",
+    device="auto",
+    workers=None,
+    train=True,
+    budget=None,
+    only_whole=False,
+    retry=False,
+    backend="local",
+    ray_address=None,
+    gpus_per_run=None,
+):
     """Records of the runs, as a dict in their order: finished ones are loaded, unfinished resumed, missing trained.
 
     A run with a damaged record is trained again; the damaged file becomes *.corrupt.
@@ -512,9 +534,12 @@ def ensure(runs, profile="quick", device="auto", workers=None, train=True, budge
     budget: seconds after which training stops cleanly; only_whole gives a run up, with a checkpoint, as soon as its
     measured speed says that its training would not end in them.
     retry: train runs again that failed before.
+    backend: "local", or "ray" to submit the runs to a Ray cluster, at ray_address or as `cluster.Ray` finds it;
+    gpus_per_run: of its GPUs for each run, 1 by default; a fraction such as 0.5 shares one. workers is then how many
+    runs are under way at once, by default as many as fit.
     Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
     """
-    from . import launch, trainer
+    from . import cluster, launch, trainer
     from .experiments import check_profile
 
     check_profile(profile)
@@ -522,14 +547,25 @@ def ensure(runs, profile="quick", device="auto", workers=None, train=True, budge
     if not all(isinstance(run, Run) for run in runs):
         raise UserError("ensure() takes a list of runs: ensure([run])")
     if train:
-        trainer.pick_device(device)
+        if backend not in ("local", "ray"):
+            raise UserError(f"unknown backend {backend!r}: use local or ray")
+        if backend == "local" and (ray_address is not None or gpus_per_run is not None):
+            raise UserError("ray_address and gpus_per_run belong to the backend ray")
+        if gpus_per_run is not None and not (isinstance(gpus_per_run, (int, float)) and gpus_per_run >= 0):
+            raise UserError(f"gpus_per_run must be a number from 0, or None, not {gpus_per_run!r}")
+        ray = cluster.Ray(ray_address, gpus_per_run) if backend == "ray" else None
+        if ray:
+            cluster.installed()
+        else:
+            trainer.pick_device(device)
         if workers is not None and not (isinstance(workers, int) and workers >= 1):
             raise UserError(f"workers must be a whole number from 1, or None, not {workers!r}")
         if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
             raise UserError(f"budget must be a number of seconds above 0, or None, not {budget!r}")
         pending = [run for run in runs if find(run) is None or isinstance(damage(run), Damaged)]
         if pending:
-            launch.train_all(pending, results_folder(profile) / "runs", device, workers, budget, only_whole, retry)
+            folder = results_folder(profile) / "runs"
+            launch.train_all(pending, folder, device, workers, budget, only_whole, retry, ray)
     records = {}
     for run in runs:
         if find(run) is not None:

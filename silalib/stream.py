@@ -78,12 +78,11 @@ class Streamed:
         return batch, copied
 
 
-def in_batches(images, size, n=None):
-    """The first n images (by default all) in batches of `size`, of a tensor on the device or of Streamed images."""
-    n = len(images) if n is None else min(n, len(images))
+def in_batches(images, size, first=0, last=None):
+    """Images `first` to `last` (by default all) in batches of `size`, of a tensor on the device or of Streamed ones."""
     if isinstance(images, Streamed):
-        return images.batches(torch.arange(n), size)
-    return iter(images[:n].split(size))
+        return images.batches(torch.arange(len(images))[first:last], size)
+    return iter(images[first:last].split(size))
 
 
 class TrainingBatches:

@@ -1,6 +1,7 @@
 """Means, intervals and gains over seeds, beside the numbers the paper prints."""
 
 from importlib.resources import files
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -68,12 +69,12 @@ def gains(frame, method, over):
     """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
 
     IND is that of the same network alone; any other method that of the same network of the same pair. Paired by seed;
-    a row without both is left out. Adds the columns gain, run_over and net_over.
+    a row that has no counterpart in the frame is left out, and one with a missing value has the gain NaN. Adds the
+    columns gain, run_over and net_over.
     """
     keys = ["dataset", "network", "metric", "seed"] + ([] if over == "ind" else ["pair", "net"])
-    found = frame[frame["value"].notna()]
-    baseline = found[found["method"] == over].assign(net_over=found["net"])[[*keys, "value", "run", "net_over"]]
-    merged = found[found["method"] == method].merge(baseline.drop_duplicates(keys), on=keys, suffixes=("", "_over"))
+    baseline = frame[frame["method"] == over].assign(net_over=frame["net"])[[*keys, "value", "run", "net_over"]]
+    merged = frame[frame["method"] == method].merge(baseline.drop_duplicates(keys), on=keys, suffixes=("", "_over"))
     sign = merged["metric"].map(lambda metric: -1.0 if metric == "nll" else 1.0)
     return merged.assign(gain=(sign * (merged["value"] - merged["value_over"])).astype(float))
 
@@ -159,7 +160,7 @@ def failed_at(run):
 
 
 def over_seeds(frame):
-    """`cells` summarised over seeds: mean and half-width of value and gain, n, and the paper's numbers."""
+    """`cells` summarised over seeds: mean and half-width of value and gain, n of each, and the paper's numbers."""
     keys = ["dataset", "pair", "method", "net", "network", "metric"]
     rows = []
     for key, group in frame.groupby(keys, sort=False):
@@ -167,23 +168,71 @@ def over_seeds(frame):
         row = dict(zip(keys, key)) | {"n": len(values)}
         row["mean"], row["half"] = interval(values)
         row["gain"], row["gain_half"] = interval(gains)
+        row["gain_n"] = len(gains)
         row["failed"] = "; ".join(filter(None, group["failed"].unique()))
         rows.append(row | {"paper": group["paper"].iloc[0], "paper_gain": group["paper_gain"].iloc[0]})
     return pd.DataFrame(rows)
 
 
-def score(frame, method, column="gain"):
-    """How a method does against IND over all cells of `cells`: (cells won, cells compared, mean gain, half-width).
+class OverCells(NamedTuple):
+    """What `over_cells` gives."""
 
-    column: "gain" of our records or "paper_gain". A cell is won when its gain, averaged over seeds, is above zero.
-    The mean gain is of top-1 over all network rows, with its interval over seeds (NaN for one, and for the paper).
+    gains: pd.DataFrame  # a row per cell and a column per seed, without gaps
+    mean: float
+    half: float
+    won: int
+    total: int
+    missing: int
+
+
+def over_cells(rows):
+    """Paired gains over cells and seeds, in numbers: an `OverCells`.
+
+    rows: a data frame with a row for each cell and seed of the grid; columns cell, seed and gain, NaN without records.
+    Only cells and seeds that are `complete` together count, so that every seed is averaged over the same cells.
+    mean, half: of the seeds' means over the cells, with the 95% interval over seeds. won of total: cells whose mean
+    over seeds is above zero. missing: the grid's other cells.
     """
-    chosen = frame[(frame["method"] == LABELS[method]) & frame[column].notna()]
-    by_cell = chosen.groupby(["dataset", "pair", "net", "metric"])[column].mean()
-    top1 = chosen[chosen["metric"] == "top1"].groupby("seed")[column].mean()
-    if column == "paper_gain":
-        top1 = top1.iloc[:1]
-    return int((by_cell > 0).sum()), len(by_cell), *interval(top1)
+    found = complete(rows[rows["gain"].notna()].pivot(index="cell", columns="seed", values="gain"))
+    won = int((found.mean(axis=1) > 0).sum())
+    return OverCells(found, *interval(found.mean(axis=0)), won, len(found), rows["cell"].nunique() - len(found))
+
+
+def complete(table):
+    """A part without gaps of a table of cells (rows) and seeds (columns).
+
+    All cells where two seeds or more have them all: a seed that is being trained then changes nothing. Else the larger
+    of all cells and all seeds.
+    """
+    all_cells, all_seeds = table.dropna(axis="columns"), table.dropna(axis="index")
+    if all_cells.shape[1] > 1:
+        return all_cells
+    return max(all_seeds, all_cells, key=lambda part: (part.size, part.shape[1]))
+
+
+class Score(NamedTuple):
+    """What `score` gives."""
+
+    won: int
+    total: int
+    mean: float
+    half: float
+    missing: int
+
+
+def score(frame, method, column="gain"):
+    """How a method does against IND over the cells of `cells`, by `over_cells`: a `Score`.
+
+    column: "gain" of our records or "paper_gain". won, total and missing count the cells of all metrics; mean and half
+    are of top-1 over all network rows, half NaN for one seed, and for the paper.
+    """
+    chosen = frame[frame["method"] == LABELS[method]]
+    if column == "paper_gain":  # it stands beside every seed; a cell that is not printed is not missing
+        chosen = chosen[(chosen["seed"] == chosen["seed"].min()) & chosen[column].notna()]
+    cell = list(zip(*(chosen[key] for key in ("dataset", "pair", "net", "metric"))))
+    rows = pd.DataFrame({"cell": pd.Series(cell, chosen.index, object), "seed": chosen["seed"], "gain": chosen[column]})
+    every, top1 = over_cells(rows), over_cells(rows[chosen["metric"] == "top1"])
+    return Score(every.won, every.total, top1.mean, top1.half, every.missing)
 
 
 def scores(frame, methods):
@@ -192,9 +241,9 @@ def scores(frame, methods):
     for method in methods:
         row = {"method": LABELS[method]}
         for whose, column in (("ours", "gain"), ("paper", "paper_gain")):
-            won, total, gain, half = score(frame, method, column)
-            row[f"cells won, {whose}"] = f"{won} of {total}" if total else "not run"
-            row[f"mean top-1 gain, {whose}"] = plus_minus(gain, half, signed=True) or "not run"
+            found = score(frame, method, column)
+            row[f"cells won, {whose}"] = won_of(found.won, found.total, found.missing) or "not run"
+            row[f"mean top-1 gain, {whose}"] = plus_minus(found.mean, found.half, signed=True) or "not run"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -203,17 +252,44 @@ def verdicts(frame, methods):
     """A line of Markdown for each method: whether its mean gain in top-1 can be told from zero over seeds."""
     lines = []
     for method in methods:
-        won, total, gain, half = score(frame, method)
+        won, total, gain, half, missing = score(frame, method)
         if not total:
             lines.append(f"- {LABELS[method]}: not run.")
             continue
-        word = "above" if gain > half else "below" if gain < -half else "not told apart from"
-        interval = f": {word} IND by its interval over seeds." if half == half else "; one seed has no interval."
-        gain = plus_minus(gain, half, signed=True)
+        word = told_apart(gain, half, "IND")
+        if missing:
+            word = f"inconclusive, with {total} of {total + missing} cells of the grid"
         lines.append(
-            f"- {LABELS[method]} beats IND in {won} of {total} cells; its mean gain in top-1 is {gain} points{interval}"
+            f"- {LABELS[method]} beats IND in {won} of {total} cells; its mean gain in top-1 is "
+            f"{plus_minus(gain, half, signed=True)} points: {word}."
         )
     return "\n".join(lines)
+
+
+def told_apart(mean, half, baseline):
+    """In words, what a mean gain over a baseline with its 95% half-width over seeds says; NaN for one seed."""
+    if np.isnan(half):
+        return "one seed has no interval and shows nothing by itself"
+    if abs(mean) <= half:
+        return f"not told apart from {baseline}"
+    return f"{'above' if mean > 0 else 'below'} {baseline} by its interval over seeds"
+
+
+def won_of(won, total, missing):
+    """Text of a count of cells: "3 of 4", with the grid's missing ones "3 of 4 (2 more not run)"; "" without any."""
+    return (f"{won} of {total}" + (f" ({missing} more not run)" if missing else "")) if total else ""
+
+
+def seeds(counts, before=""):
+    """Text of how many seeds some numbers rest on: "3 seeds", "1 to 3 seeds"; "" without any.
+
+    counts: the seeds of each number; those without any do not count. before: what comes before the text.
+    """
+    found = sorted({int(n) for n in counts} - {0})
+    if not found:
+        return ""
+    span = f"{found[0]} to {found[-1]}" if len(found) > 1 else f"{found[0]}"
+    return f"{before}{span} seed{'' if found == [1] else 's'}"
 
 
 def plus_minus(mean, half, digits=2, signed=False):

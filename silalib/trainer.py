@@ -14,6 +14,7 @@ import subprocess
 import time
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain, cycle
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -26,9 +27,10 @@ from .autoaugment import autoaugment
 from .errors import Damaged, Stopped, UserError
 from .losses import METHODS
 from .models import EXITS, count_parameters
+from .parallel import DATA, Ranks
 from .paths import ROOT
 from .randomness import derive
-from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_atomically, write_record
+from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_record
 from .speed import Ahead, Captured, fast, own_stream, precision
 from .stream import TrainingBatches, in_batches
 
@@ -89,13 +91,14 @@ def pick_device(name):
     return device
 
 
-def train(run, folder, device="auto", stop=lambda: None, progress=lambda **message: None, hurry=None):
+def train(run, folder, device="auto", stop=lambda: None, progress=lambda **message: None, hurry=None, ranks=None):
     """Train one run to its end, or on from its checkpoint in `folder`, and write its record there.
 
     stop() is asked after every step; a true answer (the reason) checkpoints and raises Stopped.
     progress(**message) hears of each epoch, and of the step every other second. hurry, in seconds: give up with
-    Stopped as soon as the measured speed says that the run will not end in that time. Raises Diverged for a loss that
-    is not finite.
+    Stopped as soon as the measured speed says that the run will not end in that time. ranks: the processes that train
+    it together; the first one writes and returns the record, the others return None. Raises Diverged for a loss that is
+    not finite.
     """
     device = pick_device(device)
     gpu = device.type == "cuda"
@@ -104,28 +107,33 @@ def train(run, folder, device="auto", stop=lambda: None, progress=lambda **messa
         torch.backends.cudnn.flags(enabled=True, benchmark=gpu),
         own_stream(device),
     ):
-        return Training(run, folder, device, stop, progress, hurry).finish()
+        return Training(run, folder, device, stop, progress, hurry, ranks).finish()
 
 
 class Training:
-    """The state of one run in progress."""
+    """The state of one run in progress, or of the part of it that this process has; networks are kept by slot."""
 
-    def __init__(self, run, folder, device, stop, progress, hurry, speed=None):
+    def __init__(self, run, folder, device, stop, progress, hurry, ranks=None, speed=None):
         self.run, self.folder, self.device, self.speed = run, Path(folder), device, speed or fast(device)
-        self.stop, self.progress, self.hurry = stop, progress, hurry
+        self.stop, self.progress, self.hurry, self.ranks = stop, progress, hurry, ranks or Ranks()
         self.splits, self.data_checksum = data.splits(run, device)
         self.target = self.splits["train"].labels
         self.batches = TrainingBatches(self.splits["train"].images, run.augment)
         self.eval_batch = evaluation_batch(run, self.splits["test"].images.shape)
         self.normalise = Normalise(*data.normalisation(self.splits["train"])).to(device)
+        slots = self.ranks.slots(run)
         layout = torch.channels_last if self.speed.channels_last else torch.contiguous_format
-        self.nets = [build(run, slot).to(device, memory_format=layout) for slot in range(len(run.nets))]
-        self.dropout = [any(isinstance(m, nn.Dropout) for m in net.modules()) for net in self.nets]
+        nets = {slot: build(run, slot).to(device, memory_format=layout) for slot in slots}
+        self.nets = self.ranks.whole_batch(nets)
+        if self.speed.compiled:
+            for net in self.nets.values():
+                net.compile()
+        self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
         self.dtypes = [precision(net, run.width, device) if self.speed.half else torch.float32 for net in run.nets]
         self.loss = METHODS[run.method]
         self.loss_arguments = {"betas": run.betas} | ({"coupling": run.coupling} if "sila" in run.method else {})
         self.optimizer = torch.optim.SGD(
-            [p for net in self.nets for p in net.parameters()],
+            [p for net in self.nets.values() for p in net.parameters()],
             lr=run.lr if device.type == "cpu" else torch.tensor(run.lr, device=device),
             momentum=run.momentum,
             nesterov=run.nesterov and run.momentum > 0,
@@ -137,16 +145,16 @@ class Training:
             raise UserError(f"batch size {run.batch_size} is above the {len(self.target)} training images")
         self.total = run.epochs * self.steps_per_epoch
         self.step, self.rows, self.seconds = 0, [], 0.0
-        self.sums = torch.zeros(run.n_heads, len(STATISTICS), dtype=torch.float64, device=device)
-        self.calls = [torch.compile(net) for net in self.nets] if self.speed.compiled else self.nets
+        self.sums = torch.zeros(len(self.ranks.heads(run)), len(STATISTICS), dtype=torch.float64, device=device)
         self.captured_update, self.captured_forward = self.update, self.forward
-        if self.speed.graphs:
+        if self.speed.graphs and not self.ranks.layout:  # what processes tell each other cannot be captured
             self.captured_update, self.captured_forward = Captured(self.update), Captured(self.forward)
         self.saving, self.parts = 0.0, []
         self.resume()
         part = self.here()
         if not self.parts or part != {k: v for k, v in self.parts[-1].items() if k != "from_step"}:
             self.parts.append({"from_step": self.step, **part})
+        self.averaged = self.ranks.averaged(self.nets)
 
     # -- the loop
 
@@ -157,10 +165,10 @@ class Training:
             epoch, i = divmod(self.step, self.steps_per_epoch)
             if i == 0 or self.step == first:
                 plan = epoch_plan(self.run, epoch, len(self.target), self.device)
-                used = slice(i * self.run.batch_size, self.steps_per_epoch * self.run.batch_size)
-                self.batches.begin(plan[0][used], self.run.batch_size)
+                plan, size = self.ranks.own_images(plan, self.run.batch_size)
+                self.batches.begin(plan[0][i * size : self.steps_per_epoch * size], size)
                 epoch_started = time.monotonic()
-            batch = slice(i * self.run.batch_size, (i + 1) * self.run.batch_size)
+            batch = slice(i * size, (i + 1) * size)
             self.one_step(*(part[batch] for part in plan))
             self.step += 1
             ahead.step()
@@ -169,6 +177,8 @@ class Training:
                 self.end_of_epoch(epoch, epoch_started)
                 self.seconds = before + time.monotonic() - started
             self.pause(first, started)
+        if self.ranks.sent:
+            self.report(text=f"each process sent in a step: {self.ranks.bytes_sent(self.step - first)}")
         return self.write()
 
     def one_step(self, index, offset, flip, *choices):
@@ -179,69 +189,76 @@ class Training:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        if self.device.type == "cuda" and any(self.dropout):
+        if self.device.type == "cuda" and any(self.dropout.values()):
             # one seed a step: a captured graph takes it when it is replayed, and Net1's masks are drawn first
-            torch.cuda.manual_seed(derive(self.run.seed, "dropout", self.step))
+            part = [self.ranks.rank] if self.ranks.rank else []
+            torch.cuda.manual_seed(derive(self.run.seed, "dropout", self.step, *part))
         self.captured_update(self.batches.crop_flip(index, offset, flip), self.target[index], *choices)
 
     def update(self, images, target, *choices):
-        """Equation 10 on one batch: forward of every network, one loss, one backward, one update."""
+        """Equation 10 on one batch: forward of every network here, one loss, one backward, one update."""
         if choices:
             images = autoaugment(images, *choices)
         self.optimizer.zero_grad()
         logits = self.forward(images, training=True)
         for z in logits:
             z.retain_grad()
+        logits = self.ranks.all_heads(logits, mutual="dml" in self.run.method)
         self.loss(logits, target, **self.loss_arguments).backward()
         self.optimizer.step()
         self.sums += statistics([z.detach() for z in logits], [z.grad for z in logits], target)
 
     def forward(self, images, training=False, slots=None):
-        """float32 logits (B, N) of every head for uint8 images (B, H, W, C); of the slots asked for, or all."""
+        """float32 logits (B, N) of every head here for uint8 images (B, H, W, C); of the slots asked for, or all."""
         x = self.normalise(images.permute(0, 3, 1, 2))
         logits = []
-        for slot in range(len(self.nets)) if slots is None else slots:
-            self.nets[slot].train(training)
+        for slot in slots or self.nets:
+            net = (self.averaged if training else self.nets)[slot]
+            net.train(training)
             if training and self.dropout[slot] and self.device.type == "cpu":
-                torch.manual_seed(derive(self.run.seed, "dropout", slot, self.step))
+                part = [self.ranks.rank] if self.ranks.layout == DATA else []
+                torch.manual_seed(derive(self.run.seed, "dropout", slot, self.step, *part))
             with torch.autocast(self.device.type, self.dtypes[slot], enabled=self.dtypes[slot] != torch.float32):
-                z = self.calls[slot](x)
+                z = net(x)
             logits += z if isinstance(z, tuple) else [z]
         return [z.float() for z in logits]
 
     def end_of_epoch(self, epoch, epoch_started):
-        means = (self.sums / self.steps_per_epoch).tolist()  # here the host waits for the device
+        means = self.ranks.mean(self.sums / self.steps_per_epoch).tolist()  # here the host waits for the device
         self.sums.zero_()
         began = time.monotonic()
         lr = learning_rate(self.run, self.step - 1, self.steps_per_epoch)
         test = metrics.summaries(self.predict(self.splits["test"].images), self.splits["test"].labels)
-        norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets]
+        norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
         norms = torch.stack(norms).tolist()
         seconds_train, seconds_test = began - epoch_started, time.monotonic() - began
-        for head, values in enumerate(means):
-            self.rows.append(
-                {"epoch": epoch + 1, "head": head, "lr": lr}
-                | dict(zip(STATISTICS, values))
-                | {f"test_{k}": v for k, v in test[head].items()}
-                | {"weight_norm": norms[min(head, len(norms) - 1)]}
-                | {"seconds_train": round(seconds_train, 4), "seconds_test": round(seconds_test, 4)}
-            )
-        if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in self.rows[-len(means) :]):
+        rows = [
+            {"epoch": epoch + 1, "head": head, "lr": lr}
+            | dict(zip(STATISTICS, values))
+            | {f"test_{k}": v for k, v in at_test.items()}
+            | {"weight_norm": norm}
+            | {"seconds_train": round(seconds_train, 4), "seconds_test": round(seconds_test, 4)}
+            for head, values, at_test, norm in zip(self.ranks.heads(self.run), means, test, cycle(norms))
+        ]
+        rows = self.ranks.gather(rows)
+        self.rows += rows
+        if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in rows):
             raise Diverged(self.run, epoch + 1, self.step, lr)
-        self.report(top1=[round(t["top1"], 2) for t in test])
+        self.report(top1=[round(row["test_top1"], 2) for row in rows])
 
     @torch.no_grad()
     def predict(self, images, slots=None):
-        """float32 logits (n, N) of every head, in evaluation mode."""
-        forward = self.captured_forward if slots is None else partial(self.forward, slots=slots)
-        batches = [forward(batch) for batch in in_batches(images, self.eval_batch)]
-        return [torch.cat(head) for head in zip(*batches)]
+        """float32 logits (n, N) of every head here, in evaluation mode."""
+        forward = partial(self.forward, slots=slots) if slots else self.captured_forward
+        own = self.ranks.own_range(len(images))
+        batches = [forward(batch) for batch in in_batches(images, self.eval_batch, *own)]
+        return [self.ranks.all_images(torch.cat(head), len(images)) for head in zip(*batches)]
 
     # -- interruption
 
     def check(self):
         """Between the parts of the final evaluations: stop when asked to; the training is saved."""
-        if reason := self.stop():
+        if reason := self.ranks.agree(self.stop(), False)[0]:
             raise Stopped(f"{self.run}: {reason} in the final evaluations; the training is saved")
 
     def report(self, **more):
@@ -255,13 +272,13 @@ class Training:
             elapsed, done = time.monotonic() - started, self.step - first
             if elapsed > PROBE_SECONDS and elapsed / done * (self.total - first) > self.hurry:
                 reason = "it would not end in the budget"
-        if reason:
-            self.save()
-            raise Stopped(f"{self.run}: {reason}; step {self.step} of {self.total} is saved")
         since, epoch_ended = time.monotonic() - self.saved, self.step % self.steps_per_epoch == 0
         due = since > CHECKPOINT_SECONDS or (epoch_ended and SAVING_SHARE * since > self.saving)
-        if due and self.step < self.total:  # the end is saved by `write`
+        reason, due = self.ranks.agree(reason, due)
+        if reason or (due and self.step < self.total):  # the end is saved by `write`
             self.save()
+        if reason:
+            raise Stopped(f"{self.run}: {reason}; step {self.step} of {self.total} is saved")
         if time.monotonic() - self.reported > REPORT_SECONDS:
             self.report()
 
@@ -274,43 +291,58 @@ class Training:
             "parts": self.parts,
             "step": self.step,
             "rows": self.rows,
-            "sums": self.sums,
+            "sums": self.ranks.mean(self.sums.clone()),
             "seconds": self.seconds,
-            "nets": [net.state_dict() for net in self.nets],
+            "nets": [net.state_dict() for net in self.nets.values()],
             "optimizer": self.optimizer.state_dict(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        latest, previous = (self.folder / name for name in CHECKPOINTS)
-        write_atomically(latest, checkpoint_bytes(state), previous)
+        self.ranks.save(self.folder, self.step, checkpoint_bytes(state))
         self.saved = time.monotonic()
         self.saving = self.saved - began
 
     def resume(self):
-        """Go on from the last checkpoint that is whole, if there is one; damaged ones are set aside as *.corrupt."""
+        """Go on from the last checkpoint that is whole, if there is one; damaged ones are set aside as *.corrupt.
+
+        The first process chooses it; the others then read it too, or their own files of it.
+        """
+        path = None
+        if self.ranks.rank == 0:
+            path = self.resume_last()
+        path, step = self.ranks.from_first((path, self.step))
+        if path and self.ranks.rank:
+            path = self.ranks.checkpoint(path, step)
+            self.go_on(path, read_checkpoint(path, self.device))
+
+    def resume_last(self):
         for path in [path for name in CHECKPOINTS if (path := self.folder / name).exists()]:
             try:
-                state = read_checkpoint(path, self.device)
-                break
+                self.go_on(path, read_checkpoint(path, self.device))
+                return path
             except Damaged:
                 aside = path.replace(f"{path}.corrupt")
                 self.report(text=f"{path} was damaged and is now {aside.name}; the run goes on from what is before it")
-        else:
-            return
+        return None
+
+    def go_on(self, path, state):
         if state["protocol"] != PROTOCOL or json.loads(state["config"]) != self.run.config:
             raise UserError(f"{path} is of another configuration: delete it to train the run from its start")
         if state["data_sha256"] != self.data_checksum:
             raise UserError(
                 f"{path} was trained on other data than {self.run.dataset} is here: delete it to start anew"
             )
+        if (held := len(state["nets"])) != len(self.nets):  # by a process of network-parallel, one
+            count = f"torchrun --nproc-per-node {len(self.run.nets)}" if held == 1 else "one process"
+            raise UserError(f"{path} was written by {count}: go on like that, or delete it to start again")
         try:
-            for net, weights in zip(self.nets, state["nets"]):
+            for net, weights in zip(self.nets.values(), state["nets"]):
                 net.load_state_dict(weights)
             own = self.optimizer.state_dict()["param_groups"]  # whose learning rate is of this device's kind
             self.optimizer.load_state_dict({**state["optimizer"], "param_groups": own})
         except (RuntimeError, ValueError, KeyError):
             raise UserError(f"{path} is of another version of its networks: delete it to start anew") from None
         self.step, self.rows, self.seconds = (state[k] for k in ("step", "rows", "seconds"))
-        if state["sums"] is not None:
+        if state["sums"] is not None:  # as older versions wrote it between two epochs
             self.sums = state["sums"]
         self.parts = state["parts"]
         self.report(resumed=True)
@@ -326,18 +358,18 @@ class Training:
         self.report(final="final evaluations")
         logits = self.predict(test.images)
         clean = [metrics.summary(z, train.labels) for z in self.predict(train.images)]
-        costs = [macs for net in self.nets for macs in early_exit.exit_costs(net, image)]
+        costs = [macs for net in self.nets.values() for macs in early_exit.exit_costs(net, image)]
         heads, arrays = [], {"labels": test.labels.cpu().short().numpy()}
-        for head, z in enumerate(logits):
-            net = self.nets[min(head, len(self.nets) - 1)]
+        for head, z, at_end, macs in zip(self.ranks.heads(run), logits, clean, costs):
+            slot = run.slot(head)
             rows = [row for row in self.rows if row["head"] == head]
             best = max(rows, key=lambda row: row["test_top1"])
             heads.append(
-                {"network": run.nets[min(head, len(run.nets) - 1)]}
+                {"network": run.nets[slot]}
                 | metrics.summary(z, test.labels)
                 | {"best": best["test_top1"], "best_epoch": best["epoch"]}
-                | {f"train_{k}": v for k, v in clean[head].items()}
-                | {"parameters": count_parameters(net), "macs": costs[head]}
+                | {f"train_{k}": v for k, v in at_end.items()}
+                | {"parameters": count_parameters(self.nets[slot]), "macs": macs}
             )
             arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels).items()}
         if run.nets[0] in EXITS:
@@ -345,23 +377,31 @@ class Training:
                 values["macs_budgeted"] = macs
         if run.holdout:
             arrays |= self.calibration()
-        files = {"history.csv": to_csv(self.rows), "test.npz": to_npz(arrays)}
-        if all(hasattr(net, "embed") for net in self.nets):
-            files["features.npz"] = to_npz(self.features(heads))
-        if run.noise_images:
-            files["noise.csv"] = to_csv(self.noise())
+        with torch.device("meta"):
+            embed = all(hasattr(run.network(slot), "embed") for slot in range(len(run.nets)))
+        features = self.features(heads) if embed else {}
+        noise = self.noise() if run.noise_images else []
         if run.hessian_images:
-            for head, values in enumerate(self.curvature()):
-                heads[head]["curvature"] = values
-        files["weights.safetensors"] = self.weights()
-        result = {"heads": heads, "provenance": self.provenance(time.monotonic() - began)}
+            for values, curvature in zip(heads, self.curvature()):
+                values["curvature"] = curvature
+        parts = self.ranks.to_first((heads, arrays, features, noise, self.weights()))
+        if parts is None:  # the first process writes the record
+            return None
+        heads, arrays, features, noise, weights = zip(*parts)
+        files = {"history.csv": to_csv(self.rows), "test.npz": to_npz(union(arrays))}
+        if embed:
+            files["features.npz"] = to_npz(union(features))
+        if run.noise_images:
+            files["noise.csv"] = to_csv(list(chain(*noise)))
+        files["weights.safetensors"] = to_safetensors(union(weights))
+        result = {"heads": list(chain(*heads)), "provenance": self.provenance(time.monotonic() - began)}
         return write_record(run, self.folder, result, files)
 
     def calibration(self):
         """Of the images held out, not augmented: what thresholds of early exit are chosen from."""
         held = self.splits["holdout"]
         arrays = {"calibration_labels": held.labels.cpu().short().numpy()}
-        for head, z in enumerate(self.predict(held.images)):
+        for head, z in zip(self.ranks.heads(self.run), self.predict(held.images)):
             kept = per_image(z, held.labels)
             arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
         return arrays
@@ -371,19 +411,19 @@ class Training:
         """Features before the last layer (Figure 6), its weights, and their concentration into `heads`."""
         arrays = {}
         subset = {"test": self.splits["test"], "train": self.splits["train"]}
-        for head, net in enumerate(self.nets):
+        for (head, net), values in zip(self.nets.items(), heads):
             net.eval()
             for name, split in subset.items():
                 labels = split.labels[:10000]
                 f = torch.cat(
                     [
                         net.embed(self.normalise(images.permute(0, 3, 1, 2))).float()
-                        for images in in_batches(split.images, self.eval_batch, 10000)
+                        for images in in_batches(split.images, self.eval_batch, last=10000)
                     ]
                 )
                 arrays[f"{name}_{head}"] = f.cpu().half().numpy()
                 arrays[f"{name}_labels"] = labels.cpu().to(torch.uint8).numpy()
-                heads[head][f"{name}_concentration"] = robustness.concentration(f, labels)
+                values[f"{name}_concentration"] = robustness.concentration(f, labels)
             arrays[f"weight_{head}"] = net.fc.weight.detach().cpu().numpy()
             arrays[f"bias_{head}"] = net.fc.bias.detach().cpu().numpy()
         return arrays
@@ -392,7 +432,7 @@ class Training:
         """Figure 7b: training NLL under noise on the parameters, on fixed, unaugmented training images."""
         run, rows = self.run, []
         images, labels = self.fixed_train_images(run.noise_images)
-        for head, net in enumerate(self.nets):
+        for head, net in self.nets.items():
             for kind in ("absolute", "filter"):
                 self.check()
                 curve = robustness.parameter_noise(
@@ -405,14 +445,14 @@ class Training:
                     derive(run.seed, "noise", head),
                 )
                 rows += [{"head": head} | row for row in curve]
-            self.report(final=f"noise, network {head + 1} of {len(self.nets)}")
+            self.report(final=f"noise, network {head + 1} of {len(run.nets)}")
         return rows
 
     def curvature(self):
         """Largest Hessian eigenvalues of each network's own training NLL, in float32, BatchNorm in evaluation mode."""
         images, labels = self.fixed_train_images(self.run.hessian_images)
         x = self.normalise(images.permute(0, 3, 1, 2))
-        for head, net in enumerate(self.nets):
+        for head, net in self.nets.items():
             net.eval()
             values = {"images": len(labels)}
             for name, scaled in (("absolute", False), ("filter", True)):
@@ -421,7 +461,7 @@ class Training:
                 with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                     value, steps, residual = robustness.largest_eigenvalue(loss, net.parameters(), scaled)
                 values |= {name: value, f"{name}_steps": steps, f"{name}_residual": residual}
-            self.report(final=f"curvature, network {head + 1} of {len(self.nets)}")
+            self.report(final=f"curvature, network {head + 1} of {len(self.run.nets)}")
             yield values
 
     def fixed_train_images(self, n):
@@ -430,12 +470,10 @@ class Training:
         return self.splits["train"].images[chosen], self.target[chosen]
 
     def weights(self):
-        from safetensors.torch import save
-
         tensors = {"mean": self.normalise.mean, "std": self.normalise.std}
-        for slot, net in enumerate(self.nets):
+        for slot, net in self.nets.items():
             tensors |= {f"{slot}.{k}": v for k, v in net.state_dict().items()}
-        return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
     def here(self):
         """What this process trains with: a run that goes on elsewhere has several `parts`."""
@@ -446,6 +484,8 @@ class Training:
             "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name(self.device) if gpu else processor(),
             "threads": torch.get_num_threads(),
+            "processes": self.ranks.size,
+            "layout": self.ranks.layout,
             "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.dtypes)),
         }
 
@@ -473,13 +513,14 @@ def checkpoint_bytes(state):
 
 def read_checkpoint(path, device):
     """The state in a checkpoint file. Raises Damaged for anything that was not written; nothing in it is executed."""
-    content = memoryview(read_bytes(path))
+    instead = "delete checkpoint*.pt beside it to train the run from its start"
+    content = memoryview(read_bytes(path, instead))
     try:
         if hashlib.sha256(content[:-32]).digest() == content[-32:]:
             return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
     except UnpicklingError:  # something else than tensors and plain values, which no checkpoint has
         pass
-    raise Damaged(path, "the run goes on from what is before it")
+    raise Damaged(path, instead)
 
 
 STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient")
@@ -487,30 +528,31 @@ STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5"
 
 
 def statistics(logits, gradients, target):
-    """One row per head of means over a batch, float64 (C, 8), in the order of STATISTICS.
+    """One row of means over a batch, float64 (C, 8), in the order of STATISTICS, per head; gradient None leaves it out.
 
     NLL and top-1 of the head alone; z_y, alpha (equation 4), s and mean |s_c - s_k| to the peers (NaN without one);
     |dL_cross/dz_y| = 1 - p_y of equation 5; and |dL/dz_y| of the loss that is really trained, per sample.
     """
-    heads, batch = len(logits), len(target)
-    z, gradient = torch.cat(logits), torch.cat(gradients)  # all heads at once: few operations, whatever their number
-    target = target.repeat(heads)
-    s = z.logsumexp(1)
+    batch = len(target)
+    s = torch.cat(logits).logsumexp(1).view(-1, batch)  # all heads at once: few operations, whatever their number
+    own = [c for c, gradient in enumerate(gradients) if gradient is not None]
+    z, gradient = (torch.cat([values[c] for c in own]) for values in (logits, gradients))
+    target = target.repeat(len(own))
     z_y = z.gather(1, target[:, None])[:, 0]
-    nll = s - z_y
-    by_head = s.view(heads, batch)
-    gap = (by_head - by_head[:, None]).abs().sum(1) / (heads - 1)  # 0/0 without a peer
+    s_own = torch.stack([s[c] for c in own])
+    gap = (s - s_own[:, None]).abs().sum(1) / (len(s) - 1)  # 0/0 without a peer
+    nll = s_own.flatten() - z_y
     rows = [
         nll,
         100 * metrics.in_top_k(z, target, 1),
         z_y,
         metrics.wrong_logsumexp(z, target),
-        s,
-        gap.flatten(),
+        s_own,
+        gap,
         -torch.expm1(-nll),
         gradient.gather(1, target[:, None])[:, 0].abs() * batch,
     ]
-    return torch.stack([row.view(heads, batch).double().mean(1) for row in rows], 1)
+    return torch.stack([row.view(len(own), batch).double().mean(1) for row in rows], 1)
 
 
 def per_image(logits, target):
@@ -528,6 +570,17 @@ def per_image(logits, target):
         "s": logits.logsumexp(1).half(),
     }
     return {k: v.cpu().numpy() for k, v in arrays.items()}
+
+
+def union(parts):
+    """One dict of those of all processes."""
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def to_safetensors(tensors):
+    from safetensors.torch import save
+
+    return save(tensors)
 
 
 def code_version():

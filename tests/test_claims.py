@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from silalib import claims, experiments
-from silalib.claims import CLAIMS, VERDICTS, Effect, complete, evidence, judge_all, over_images, row, score
+from silalib import claims, experiments, summary
+from silalib.claims import CLAIMS, VERDICTS, Effect, evidence, judge_all, over_images, row, score
 from silalib.experiments import Exhibit, cifar_run
 from silalib.runs import Run
 
@@ -59,7 +59,8 @@ def training(_):
 
 def early_exits(_):
     """Three exits, every one better by the gain at the same cost."""
-    base = [Run(nets="resnet18", method=method, seed=seed) for seed in SEEDS for method in ("ind", "sila")]
+    net = dict(nets="msdnet_anytime", blocks=3)
+    base = [Run(**net, method=method, seed=seed) for seed in SEEDS for method in ("ind", "sila")]
     top1 = lambda run, gain, k: 50 + k + (gain if run.method == "sila" else 0)
 
     def record(run, gain):
@@ -218,24 +219,89 @@ def test_a_claim_needs_all_of_its_effects():
     assert verdict(none, none) == "not run"
 
 
-def test_cells_and_seeds_are_complete_together():
-    table = pd.DataFrame({0: [1.0, 2.0, 3.0], 1: [4.0, 5.0, 6.0], 2: [7.0, np.nan, np.nan]})
-    assert complete(table).columns.tolist() == [0, 1]  # a seed that has only begun is left out
-    table = pd.DataFrame({0: [1.0, 2.0], 1: [4.0, 5.0], 2: [np.nan, 6.0]})
-    assert complete(table).shape == (2, 2)
-    table = pd.DataFrame({0: [1.0, 2.0, np.nan], 1: [4.0, 5.0, 6.0], 2: [7.0, 8.0, 9.0]})
-    assert complete(table).shape == (2, 3)  # as large as 3 x 2, and with more seeds
+def test_missing_cells_leave_an_effect_open():
+    verdict = lambda **more: Effect("x", "points", seeds=3, total=4, missing=1, **more).verdict
+    assert verdict(mean=2, half=1, won=4) == verdict(mean=-2, half=1, won=0) == "inconclusive"
+    assert verdict(mean=0, half=0, won=4, exact=True) == "inconclusive"
+    assert verdict(mean=1, half=0, won=3, exact=True) == "not reproduced"  # one difference refutes equality
+    assert Effect("x", "", missing=4).verdict == "not run"
+
+
+def table2_in_part(only_pair_seeds, won=2.0, lost=-1.5):
+    """Table 2 with all runs of seed 0, and of other seeds the ResNet18 pair alone, the one network that SiLa helps."""
+    grid = experiments.table2("paper", SEEDS)
+    pair = lambda run: set(run.nets) == {"resnet18"}
+
+    def head(run):
+        gain = 0 if run.method == "ind" else (won if pair(run) else lost)
+        return {"top1": 60 + gain + run.seed / 100 * gain, "top5": 80 + gain, "best": 61 + gain, "nll": 1 - gain / 10}
+
+    runs = [run for run in grid if run.seed == 0 or (run.seed in only_pair_seeds and pair(run))]
+    return grid, {
+        run: SimpleNamespace(run=run, test={}, heads=[head(run) | {"parameters": 1}] * len(run.nets)) for run in runs
+    }
+
+
+def test_a_part_of_a_table_is_not_its_verdict():
+    """Gains of the pair: 2, 2.02 and 2.04, so 2.02 +- 4.3027 * 0.02 / sqrt(3); four of six networks lose 1.5."""
+    grid, records = table2_in_part((1, 2))
+    claim = judge_all(evidence({"table2": grid}, records))[0]
+    top1 = claim.effects[0]
+    assert (top1.won, top1.total, top1.missing, top1.seeds) == (2, 2, 4, 3)
+    assert (top1.mean, top1.half) == (pytest.approx(2.02), pytest.approx(0.0497, abs=1e-4))
+    assert top1.verdict == claim.verdict == "inconclusive"
+    assert claim.note == "2 of 6 cells; without table1, table3"
+    # claim 2 counts the signs of four metrics
+    sila = judge_all(evidence({"table2": grid}, records))[1].effects[0]
+    assert (sila.won, sila.total, sila.missing, sila.verdict) == (8, 8, 16, "inconclusive")
+
+
+def test_the_notebooks_score_is_the_claims():
+    metrics = ("top1", "top5", "best", "nll")
+    for seeds in ((), (1,), (1, 2)):
+        grid, records = table2_in_part(seeds)
+        claim = judge_all(evidence({"table2": grid}, records))[1].effects[0]
+        score = summary.score(summary.cells(grid, records, metrics, "table2"), "sila")
+        assert score == pytest.approx((claim.won, claim.total, claim.mean, claim.half, claim.missing), nan_ok=True)
+
+
+def test_a_missing_exit_and_a_missing_network_are_counted():
+    found = made_up(5, GAINS["reproduced"])
+    more = {name: [replace(run, blocks=5) for run in grid] for name, grid in found.grids.items()}
+    claim = judge_all(evidence({name: grid + more[name] for name, grid in found.grids.items()}, found.records))[4]
+    assert [(e.total, e.missing) for e in claim.effects] == [(3, 5), (1, 1)]
+    assert claim.verdict == "inconclusive"
+    assert claim.note == "3 of 8 cells, 1 of 2 cells"
+
+
+def test_a_network_without_a_record_may_have_other_parameters():
+    grid = experiments.table1("paper", SEEDS)
+    records = {run: SimpleNamespace(test={}, heads=[{"parameters": 1} | METRICS] * 2) for run in grid}
+    claim = lambda: judge_all(evidence({"table1": grid}, records))[7]
+    assert claim().verdict == "reproduced"
+    for run in [run for run in grid if run.method == "sila" and set(run.nets) == {"vgg13"}]:
+        del records[run]
+    assert (claim().verdict, claim().note) == ("inconclusive", "8 of 10 cells")
+    # more in one seed and fewer in another is no equality
+    first, second = (run for run in grid if run.method == "ind" and run.nets == ("resnet18",) and run.seed < 2)
+    records[first].heads[0]["parameters"], records[second].heads[0]["parameters"] = 0, 2
+    assert claim().verdict == "not reproduced"
 
 
 def test_a_seed_in_progress_and_a_table_that_was_not_run():
     found = made_up(1, GAINS["reproduced"])
     kept = {run: r for run, r in found.records.items() if run.seed < 2 or run.nets[0] == "resnet18"}
-    planned = {"table3": [Run("cifar10", ("resnet34",) * 2)]}  # a table with a metric of its own, not run
-    claim = judge_all(evidence(found.grids | planned, kept))[0]
+    claim = judge_all(evidence(found.grids, kept))[0]
     assert [effect.name.split(",")[0] for effect in claim.effects] == ["Top-1", "Top-5", "BEST", "NLL"]
     assert claim.seeds == [0, 1]
     assert claim.effects[0].mean == pytest.approx(2.25)
-    assert claim.note == "without table2, table3"
+    assert claim.effects[0].missing == 0 and claim.note == "without table2, table3"
+    # a table that is planned and not run adds its cells: ten networks on each of two data sets, top-5 on one
+    planned = {"table3": experiments.table3("paper", SEEDS)}
+    claim = judge_all(evidence(found.grids | planned, kept))[0]
+    assert [effect.name.split(",")[0] for effect in claim.effects] == ["Top-1", "Top-5", "BEST", "NLL"]
+    assert [(effect.total, effect.missing) for effect in claim.effects] == [(10, 20), (10, 10), (10, 0), (10, 0)]
+    assert claim.note == "10 of 30 cells, 10 of 20 cells; without table2, table3"
 
 
 def test_only_metrics_that_the_paper_prints_are_judged():

@@ -140,6 +140,11 @@ def test_a_confidence_that_is_no_number_goes_to_the_last_exit():
     assert leaves_at(confidence, [0.5, -math.inf]).tolist() == [1, 0]
 
 
+def test_no_samples_cannot_be_evaluated():
+    with pytest.raises(UserError, match="no samples to evaluate"):
+        evaluate(np.empty((2, 0)), np.empty((2, 0), bool), [0.5, -math.inf], [1, 2])
+
+
 def test_shares_that_are_none_are_refused():
     confidence, _ = samples("random", 3, 10, 0)
     for shares in [(0.5, 0.5), (0.5, 0.5, 0.5), (-0.5, 0.5, 1), (np.nan, 0.5, 0.5)]:
@@ -167,6 +172,12 @@ def test_fractions_for_a_budget_spend_it():
         assert shares.sum() == pytest.approx(1) and shares.min() >= 0
         assert shares @ costs == pytest.approx(budget, rel=1e-6)
     assert fractions_for(33.75, costs) == pytest.approx([0.25] * 4)
+
+
+def test_a_budget_a_rounding_error_away_from_a_cost():
+    costs = [10.0, 15.0, 40.0, 70.0]
+    assert fractions_for(np.nextafter(10.0, 11), costs) == pytest.approx([1, 0, 0, 0])
+    assert fractions_for(np.nextafter(70.0, 69), costs) == pytest.approx([0, 0, 0, 1])
 
 
 def test_a_budget_outside_of_the_exits_costs():
@@ -246,6 +257,15 @@ def test_without_thresholds_to_reach_everything_runs_to_the_end(network):
     torch.testing.assert_close(logits, network(images)[4].detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_an_image_whose_confidence_is_no_number_runs_to_the_end(network):
+    images = torch.randn(3, 1, 32, 32)
+    images[1] = math.nan
+    limits = [0.0, 0.0, 0.0, 0.0, -math.inf]  # every number reaches the first threshold
+    logits, exits = EarlyExit(network, limits)(images)
+    assert exits.tolist() == plain_early_exit(network, images, limits)[1].tolist() == [0, 4, 0]
+    assert logits[1].isnan().all() and logits[[0, 2]].isfinite().all()
+
+
 def test_anytime_prediction_ends_at_its_exit(network):
     images = torch.randn(4, 1, 32, 32)
     for exit in range(5):
@@ -263,6 +283,9 @@ def test_what_cannot_exit_early_is_refused(network):
     for model in (MODELS["convnet12"](10), torch.nn.Sequential(torch.nn.Identity(), torch.nn.Flatten())):
         with pytest.raises(UserError, match="early exit needs an MSDNet"):
             EarlyExit(model, [0.5])
+    for exit in (-1, 5, 9):
+        with pytest.raises(UserError, match=f"exit {exit}: this network has exits 0 to 4"):
+            UpTo(network, exit)
 
 
 def test_milliseconds_runs_every_image_in_its_repeats():
@@ -343,10 +366,20 @@ def test_at_costs_interpolates():
     assert early_exit.at_costs(curve, [10, 15, 25, 30]).tolist() == [50, 65, 85, 90]
 
 
-def test_gain_at_equal_costs_by_hand():
-    """Both reach 20 to 30 only: there the first is at 60, 65 and 70, the other at 50, 60 and 70."""
+def test_gains_at_equal_costs_by_hand():
+    """All four curves reach 20 to 30 only: there the first is at 60, 65 and 70, its baseline at 50, 60 and 70."""
     import pandas as pd
 
     curve = pd.DataFrame({"macs": [10, 30], "top1": [50, 70]})
     baseline = pd.DataFrame({"macs": [40, 20], "top1": [90, 50]})
-    assert early_exit.gain_at_equal_costs(curve, baseline, 3).tolist() == [10, 5, 0]
+    flat = pd.DataFrame({"macs": [0, 100], "top1": [40, 40]})
+    higher = pd.DataFrame({"macs": [0, 100], "top1": [43, 43]})
+    gains = early_exit.gains_at_equal_costs([curve, higher], [baseline, flat], 3)
+    assert gains.tolist() == [[10, 5, 0], [3, 3, 3]]
+    # a seed that reaches less moves the costs of all: 25 to 30 only
+    short = pd.DataFrame({"macs": [25, 30], "top1": [40, 40]})
+    gains = early_exit.gains_at_equal_costs([curve, higher], [baseline, short], 3)
+    assert gains.tolist() == [[5, 2.5, 0], [3, 3, 3]]
+    apart = pd.DataFrame({"macs": [200, 300], "top1": [1, 2]})
+    assert early_exit.gains_at_equal_costs([curve], [apart], 3).shape == (0, 3)
+    assert early_exit.gains_at_equal_costs([], [], 3).shape == (0, 3)

@@ -323,6 +323,12 @@ def test_what_is_damaged_is_set_aside_and_the_run_unfinished(record):
         assert state(record.run) == "done"
 
 
+def test_settings_that_were_changed_are_damage_not_another_default(record):
+    path = record.path / "run.json"
+    path.write_bytes(path.read_bytes().replace(b"convnet12", b"convnet13"))
+    refused(damage(record.run))
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'<meta name="card" content="{">', b"<p>nothing</p>"])
 def test_a_damaged_page_counts_as_not_built(content, results):
     folder = results / "quick" / "report"

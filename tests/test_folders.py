@@ -673,7 +673,8 @@ def test_batches_come_in_order():
     assert streamed[torch.tensor([5, 0])].flatten().tolist() == [44, 49]
     assert torch.equal(streamed.resident(), images[rows])
     for source in (streamed, images[rows]):
-        assert torch.cat(list(in_batches(source, 4, 10))).flatten().tolist() == list(range(49, 39, -1))
+        assert torch.cat(list(in_batches(source, 4, last=10))).flatten().tolist() == list(range(49, 39, -1))
+        assert torch.cat(list(in_batches(source, 4, 10, 13))).flatten().tolist() == [39, 38, 37]
         assert torch.cat(list(in_batches(source, 4))).flatten().tolist() == list(range(49, 9, -1))
 
 

@@ -209,10 +209,10 @@ def test_no_width_is_too_small(name):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ONE_HEAD)
-def test_one_step_reaches_every_parameter(name, method):
+@pytest.mark.parametrize("name, stem", [(name, stem) for name in ONE_HEAD for stem in STEMS.get(name, ("cifar",))])
+def test_one_step_reaches_every_parameter(name, method, stem):
     torch.manual_seed(0)
-    nets = [MODELS[name](10, 3, 0.25) for _ in range(2)]
+    nets = [MODELS[name](10, 3, 0.25, stem) for _ in range(2)]
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
     logits = [net(x) for net in nets]
     assert all(z.shape == (8, 10) for z in logits)

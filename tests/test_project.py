@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -59,6 +60,21 @@ def test_documented_sizes_of_networks():
             assert row["parameters"] == parameters
         if macs:
             assert abs(float(row["million MACs"].replace(",", "")) - float(macs.replace(",", ""))) < 1
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(results):
+    """In a process of its own, as its reader would, with two networks and a batch for the first snippet."""
+    given = (
+        "import torch\n"
+        "net1, net2 = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)) for _ in range(2))\n"
+        "images, labels = torch.randn(8, 3, 4, 4), torch.arange(8) % 5\n"
+    )
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    code = given + "\n".join(blocks) + "\nassert loss.isfinite() and logits.shape == (500, 10) and len(exits) == 500\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_environment_installs_what_pyproject_says():

@@ -75,6 +75,12 @@ def test_every_field_changes_the_key():
     assert len(keys) == len(hashes) == len(plain) + 3
 
 
+def test_a_head_belongs_to_a_slot():
+    assert [Run().slot(head) for head in (0, 1)] == [0, 1]
+    exits = Run(**MSDNET, blocks=3)
+    assert [exits.slot(head) for head in range(exits.n_heads)] == [0, 0, 0]
+
+
 def test_every_field_is_in_the_configuration():
     run = Run(**OTHER | MSDNET | {"method": "sila", "betas": (1, 2, 3)})
     assert Run(**run.config) == run

@@ -18,7 +18,7 @@ STEPS = 20
 def losses(run, settings, folder, device=CPU):
     """Training NLL of every head at each of the first 20 steps, (20, C), and the training itself."""
     with torch.random.fork_rng(), speed.own_stream(device):
-        training = trainer.Training(run, folder, device, lambda: None, lambda **message: None, None, settings)
+        training = trainer.Training(run, folder, device, lambda: None, lambda **message: None, None, speed=settings)
         rows = []
         for step in range(STEPS):
             epoch, i = divmod(step, training.steps_per_epoch)
@@ -108,10 +108,12 @@ def test_a_training_step_can_be_captured(tiny, tmp_path):
             plan = epoch_plan(run, epoch, len(training.target), CPU)
             training.one_step(*(part[i * run.batch_size : (i + 1) * run.batch_size] for part in plan))
             training.step += 1
-            here = [t.data_ptr() for t in (training.sums, *(p for net in training.nets for p in net.parameters()))]
+            here = [
+                t.data_ptr() for t in (training.sums, *(p for net in training.nets.values() for p in net.parameters()))
+            ]
             assert addresses in (None, here)
             addresses = here
-    for own, other in zip(training.nets, eager.nets):
+    for own, other in zip(training.nets.values(), eager.nets.values()):
         for name, value in own.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from silalib import summary
@@ -107,8 +108,8 @@ def test_score_of_the_printed_table():
     cells = summary.cells(table1("paper", [0]), {}, ("top1", "top5", "best", "nll"), "table1")
     # 7 SiLa rows and 10 of each other method are printed with four numbers; every one is above IND
     for method, rows in (("sila", 7), ("dml", 10), ("sila+dml", 10)):
-        won, total, gain, half = summary.score(cells, method, "paper_gain")
-        assert (won, total) == (4 * rows, 4 * rows)
+        won, total, gain, half, missing = summary.score(cells, method, "paper_gain")
+        assert (won, total, missing) == (4 * rows, 4 * rows, 0)
         assert gain > 0 and np.isnan(half)
     # the seven printed top-1 gains of SiLa: 2.28, 1.40, 2.27, 0.75, 1.00, 1.98, 1.41
     assert summary.score(cells, "sila", "paper_gain")[2] == pytest.approx(11.09 / 7)
@@ -119,11 +120,80 @@ def test_score_of_records():
     gains = {0: 1.0, 1: 2.0, 2: 3.0}
     better = made_up(grid, lambda run, head: 50.0 + (gains[run.seed] if run.method == "sila" else 0))
     cells = summary.cells(grid, better, ("top1", "nll"))
-    won, total, gain, half = summary.score(cells, "sila")
-    assert (won, total, gain) == (10, 20, 2)  # ten top-1 cells won, ten NLL cells lost
+    won, total, gain, half, missing = summary.score(cells, "sila")
+    assert (won, total, gain, missing) == (10, 20, 2, 0)  # ten top-1 cells won, ten NLL cells lost
     assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
     assert summary.score(cells, "dml")[:3] == (0, 20, 0)  # equal is not won
     assert summary.score(summary.cells(grid, {}, ("top1",)), "sila")[:2] == (0, 0)
+
+
+def test_cells_and_seeds_are_complete_together():
+    nan = np.nan
+    table = pd.DataFrame({0: [1.0, 2.0, 3.0], 1: [4.0, 5.0, 6.0], 2: [7.0, nan, nan]})
+    assert summary.complete(table).columns.tolist() == [0, 1]  # a seed that has only begun is left out
+    table = pd.DataFrame({0: [1.0, 2.0, nan], 1: [4.0, 5.0, 6.0], 2: [7.0, 8.0, 9.0]})
+    assert summary.complete(table).columns.tolist() == [1, 2]  # all cells, as two seeds have them
+    table = pd.DataFrame({0: [1.0, 2.0, 3.0], 1: [4.0, 5.0, nan], 2: [7.0, 8.0, nan]})
+    assert summary.complete(table).shape == (2, 3)  # one seed has all cells: the larger part
+    table = pd.DataFrame({0: [1.0, 2.0, 3.0, 4.0], 1: [4.0, nan, nan, nan]})
+    assert summary.complete(table).shape == (4, 1)
+
+
+def test_every_seed_is_averaged_over_the_same_cells():
+    """Cell a gains 2 and 4; cell b, which lost 10 in seed 0, has no seed 1; cell c has no record."""
+    gain = {("a", 0): 2.0, ("a", 1): 4.0, ("b", 0): -10.0, ("b", 1): np.nan, ("c", 0): np.nan, ("c", 1): np.nan}
+    found = summary.over_cells(pd.DataFrame([dict(cell=c, seed=s, gain=g) for (c, s), g in gain.items()]))
+    assert found.gains.loc["a"].tolist() == [2, 4]
+    assert found[1:2] + found[3:] == (3, 1, 1, 2)  # the mean, one cell of one won, two missing
+    assert found.half == pytest.approx(12.7062, rel=1e-5)  # t(0.975, 1) * sqrt(2) / sqrt(2)
+
+
+def test_scores_say_which_cells_are_missing():
+    grid = table3("paper", [0, 1])
+    better = made_up(grid, lambda run, head: 50.0 + (run.method == "sila") * (1 + run.seed / 10))
+    kept = {run: record for run, record in better.items() if run.dataset == "cifar10"}
+    cells = summary.cells(grid, kept, ("top1",), "table3")
+    assert summary.scores(cells, ("sila",)).iloc[0]["cells won, ours"] == "10 of 10 (10 more not run)"
+    line = summary.verdicts(cells, ("sila",))
+    assert "inconclusive, with 10 of 20 cells of the grid" in line and "above" not in line
+
+
+@pytest.mark.parametrize(
+    "counts, text",
+    [([3, 3], "3 seeds"), ([1], "1 seed"), ([0, 3, 1], "1 to 3 seeds"), ([0, 2], "2 seeds"), ([0], ""), ([], "")],
+)
+def test_seeds_in_words(counts, text):
+    assert summary.seeds(counts) == text
+    assert summary.seeds(np.array(counts), ", over ") == (text and f", over {text}")
+
+
+@pytest.mark.parametrize(
+    "mean, half, text",
+    [
+        (1, 0.5, "above IND by its interval over seeds"),
+        (-1, 0.5, "below IND by its interval over seeds"),
+        (1, 1, "not told apart from IND"),  # the interval ends at zero
+        (-1, 1, "not told apart from IND"),
+        (1, np.nan, "one seed has no interval and shows nothing by itself"),
+    ],
+)
+def test_told_apart(mean, half, text):
+    assert summary.told_apart(mean, half, "IND") == text
+
+
+def test_one_seed_is_drawn_without_a_bar():
+    from silalib import plots
+
+    for seeds, title in (([0], ", 1 seed"), ([0, 1], ", 2 seeds")):
+        grid = table3("paper", seeds)
+        records = made_up(grid, lambda run, head: 50.0 + run.seed * (run.method == "sila"))
+        rows = summary.over_seeds(summary.cells(grid, records, ("top1",), "table3"))
+        fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
+        bars = fig.axes[0].containers[0].lines[2][0].get_segments()
+        drawn = [bar for bar in bars if np.isfinite(bar).all() and len(bar)]
+        assert len(drawn) == (10 if len(seeds) > 1 else 0)  # both networks of five pairs
+        assert fig.axes[0].get_title(loc="right") == f"Title{title}"
+        plots.plt.close(fig)
 
 
 def test_comparison_says_what_was_not_run_and_what_did_not_learn():

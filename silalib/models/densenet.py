@@ -77,5 +77,6 @@ class DenseNet(nn.Module):
 
 
 def densenet121(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    """DenseNet121: four dense blocks of 6, 12, 24 and 16 layers; see DenseNet."""
     check_stem(stem)
     return DenseNet(num_classes, in_channels, width)

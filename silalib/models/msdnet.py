@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import ClassLayer, check_stem
-from .mobilenet import conv_bn_relu
+from .layers import ClassLayer, check_stem, conv_bn_relu
 
 
 class Scales(nn.Module):
@@ -46,9 +45,9 @@ def chain(layers, x):
 def as_one(bottlenecks, x):
     """What each 1x1 convolution with BatchNorm and ReLU gives for the same x, in training, computed as one: MSDNet is a
     few hundred small operations, whose number costs more than their size."""
-    if len(bottlenecks) == 1:
-        return [chain(bottlenecks[0], x)]
     convolutions, norms, _ = zip(*bottlenecks)
+    if len(norms) == 1 or type(norms[0]) is not nn.BatchNorm2d:  # data-parallel networks have another kind
+        return [chain(layers, x) for layers in bottlenecks]
     mean, variance, weight, bias = (
         torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
     )
@@ -162,7 +161,10 @@ def scaled(number, factors):
 
 
 BLOCKS = {"msdnet_anytime": (4, 2, 2, 2, 2, 2, 2), "msdnet_budgeted": (1, 2, 3, 4, 5), "msdnet_imagenet": (4,) * 5}
-"""Network -> the dense layers of each block; a network with fewer blocks has the first of them."""
+"""Network -> the dense layers of each block.
+
+A network with fewer blocks has as many layers in each as here, but drops its scales earlier, since there are fewer
+layers in all: it is a network of its own, and its exits cost less than the first ones of the whole."""
 
 
 def layers_of(name, blocks):

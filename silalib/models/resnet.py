@@ -58,8 +58,10 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    """ResNet18 with the stem "cifar" or "imagenet"; see ResNet."""
     return ResNet((2, 2, 2, 2), num_classes, in_channels, width, stem)
 
 
 def resnet34(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    """ResNet34 with the stem "cifar" or "imagenet"; see ResNet."""
     return ResNet((3, 4, 6, 3), num_classes, in_channels, width, stem)

@@ -39,10 +39,12 @@ class VGG(nn.Module):
 
 
 def vgg13(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    """VGG13 with BatchNorm; see VGG."""
     check_stem(stem)
     return VGG(13, num_classes, in_channels, width)
 
 
 def vgg19(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    """VGG19 with BatchNorm; see VGG."""
     check_stem(stem)
     return VGG(19, num_classes, in_channels, width)

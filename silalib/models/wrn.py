@@ -46,5 +46,6 @@ class WideResNet(nn.Module):
 
 
 def wrn16_10(num_classes, in_channels=3, width=1.0, stem="cifar"):
+    """WRN-16-10: 16 layers, ten times the channels; see WideResNet."""
     check_stem(stem)
     return WideResNet(2, 10, num_classes, in_channels, width)
