@@ -34,8 +34,9 @@ from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_recor
 from .speed import Ahead, Captured, fast, own_stream, precision
 from .stream import TrainingBatches, in_batches
 
-EVAL_BATCH = 500
-EVAL_PIXELS = EVAL_BATCH * 64 * 64
+EVAL_BATCH = {"cpu": 125, "cuda": 500}
+"""Images evaluated at once: more leave the caches of a CPU, fewer do not fill a GPU."""
+EVAL_PIXELS = 500 * 64 * 64
 """Evaluation batches of larger images have fewer: 64 channels of a 3x3-stem network are then 0.5 GB in float32."""
 CHECKPOINT_SECONDS = 60
 SAVING_SHARE = 0.05
@@ -70,10 +71,10 @@ def build(run, slot):
         return run.network(slot)
 
 
-def evaluation_batch(run, shape):
-    """Images (n, H, W, C) of `shape` that are evaluated at once: 500, or fewer large ones, but never below a training
-    batch, which takes more memory."""
-    return min(EVAL_BATCH, max(run.batch_size, EVAL_PIXELS // (shape[1] * shape[2])))
+def evaluation_batch(run, shape, device):
+    """Images (n, H, W, C) of `shape` that are evaluated at once: fewer large ones, but never below a training batch,
+    which takes more memory."""
+    return min(EVAL_BATCH[device.type], max(run.batch_size, EVAL_PIXELS // (shape[1] * shape[2])))
 
 
 def pick_device(name):
@@ -119,7 +120,7 @@ class Training:
         self.splits, self.data_checksum = data.splits(run, device)
         self.target = self.splits["train"].labels
         self.batches = TrainingBatches(self.splits["train"].images, run.augment)
-        self.eval_batch = evaluation_batch(run, self.splits["test"].images.shape)
+        self.eval_batch = evaluation_batch(run, self.splits["test"].images.shape, device)
         self.normalise = Normalise(*data.normalisation(self.splits["train"])).to(device)
         slots = self.ranks.slots(run)
         layout = torch.channels_last if self.speed.channels_last else torch.contiguous_format
@@ -129,7 +130,7 @@ class Training:
             for net in self.nets.values():
                 net.compile()
         self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
-        self.dtypes = [precision(net, run.width, device) if self.speed.half else torch.float32 for net in run.nets]
+        self.dtypes = [precision(net, device) if self.speed.half else torch.float32 for net in run.nets]
         self.loss = METHODS[run.method]
         self.loss_arguments = {"betas": run.betas} | ({"coupling": run.coupling} if "sila" in run.method else {})
         self.optimizer = torch.optim.SGD(
