@@ -1,6 +1,7 @@
 """The fast settings give what the plain ones give; a captured function is replayed on what it is called with."""
 
 import gc
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from silalib import bench, speed, trainer
 from silalib.__main__ import main
 from silalib.augment import epoch_plan
+from silalib.experiments import EXHIBITS
 from silalib.speed import PLAIN, Captured, Speed
 
 CPU = torch.device("cpu")
@@ -173,3 +175,26 @@ def test_projected_time_is_cost_times_measured_speed():
     row = lambda method, s: {"nets": "resnet18" if method == "ind" else "resnet18+resnet18", "speed": "fast",
                              "method": method, "seconds_per_epoch": s}  # fmt: skip
     assert bench.projected([row("ind", 2), row("sila", 4)], "fast")["fig3"] == pytest.approx(1560)
+
+
+@pytest.mark.slow
+def test_bench_prints_a_table_and_writes_what_it_rests_on(results, tmp_path, capsys):
+    """One step each, so the values mean little; how they hang together is arithmetic."""
+    output = tmp_path / "deep" / "bench.json"
+    arguments = ["--nets", "mobilenet", "--methods", "ind", "--rounds", "1", "--steps", "1", "--device", "cpu"]
+    assert main(["bench", *arguments, "--speeds", "fast", "plain", "--output", str(output)]) == 0
+    printed, found = capsys.readouterr().out, json.loads(output.read_bytes())
+    assert [row["speed"] for row in found["rows"]] == ["fast", "plain"]
+    for row in found["rows"]:
+        low, middle, high = row["images_per_second"]
+        assert low == middle == high  # of one round
+        assert row["ratio"][1] == pytest.approx(middle / row["reference_images_per_second"][1])
+        assert row["gflops"] == pytest.approx(6 * 46.45e6 * middle / 1e9, rel=0.05)  # MobileNet's 46 million MACs
+        assert row["share_of_peak"] == pytest.approx(row["gflops"] / row["peak_gflops"])
+        assert row["seconds_per_epoch"] > 50_000 / middle
+        assert (
+            row["peak_memory_bytes"] is None or row["peak_memory_bytes"] > 128 * 32 * 32 * 32 * 4
+        )  # one layer's output
+        assert f"{row['ratio'][1]:.3g}" in printed
+    assert set(found["projected_seconds"]) == set(EXHIBITS) and min(found["projected_seconds"].values()) > 0
+    assert all(name in printed for name in EXHIBITS)
