@@ -66,6 +66,14 @@ def trained(tiny, tmp_path_factory):
     return run, folder
 
 
+@pytest.fixture(scope="module")
+def in_float32():
+    """What is compared to the last digits is not rounded to bfloat16, also where the processor has units for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "precision", lambda *_: torch.float32)
+        yield
+
+
 @pytest.fixture
 def record(trained, results):
     """The Record of the small run, in this test's own results folder, free to be damaged."""

@@ -298,7 +298,7 @@ def test_milliseconds_runs_every_image_in_its_repeats():
 
 
 @pytest.fixture
-def budgeted_record(tiny, tmp_path, results):
+def budgeted_record(tiny, tmp_path, results, in_float32):
     run = tiny(nets="msdnet_budgeted", blocks=3, holdout=100, epochs=1)
     return trainer.train(run, results / "quick" / "runs" / run.key, "cpu")
 

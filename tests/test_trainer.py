@@ -23,13 +23,7 @@ from silalib.trainer import STATISTICS, build, learning_rate, pick_device, preci
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def in_float32():
-    """What is compared to the last digits is not rounded to bfloat16, also where the processor has units for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "precision", lambda *_: torch.float32)
-        yield
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 
 # -- the learning rate
