@@ -24,7 +24,7 @@ from . import data, early_exit, metrics, robustness
 from .augment import Normalise, epoch_plan
 from .autoaugment import autoaugment
 from .errors import Damaged, Stopped, UserError
-from .losses import METHODS
+from .losses import COUPLED_BY_S, METHODS
 from .models import EXITS, count_parameters
 from .parallel import DATA, Ranks
 from .paths import ROOT
@@ -190,7 +190,7 @@ class Training:
         logits = self.forward(images, training=True)
         for z in logits:
             z.retain_grad()
-        logits = self.ranks.all_heads(logits, mutual="dml" in self.run.method)
+        logits = self.ranks.all_heads(logits, mutual=self.run.method not in COUPLED_BY_S)
         self.loss(logits, target, **self.loss_arguments).backward()
         self.optimizer.step()
         sums = statistics([z.detach() for z in logits], [z.grad for z in logits], target)

@@ -279,8 +279,8 @@ def test_agreeing_heads_have_no_mutual_loss():
 
 
 def test_methods():
-    assert list(METHODS) == list(LABELS) == [*PAPER_METHODS, "zero-peer"]
-    assert PAPER_METHODS == ("ind", "sila", "dml", "sila+dml")
+    assert list(METHODS) == list(LABELS)
+    assert PAPER_METHODS == ("ind", "sila", "dml", "sila+dml") == tuple(METHODS)[:4]
     logits, betas = heads(3), (0.5, 2.0, 1.0)
     alone = sum(b * F.cross_entropy(z, TARGET) for b, z in zip(betas, logits))
     sila = naive_siamese(logits, TARGET, betas).mean()
@@ -313,7 +313,7 @@ def per_head_losses(method, logits, target):
         yield loss
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*PAPER_METHODS, "zero-peer"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_one_backward_of_the_sum_is_one_backward_per_head(method, count):
     torch.manual_seed(0)
@@ -332,7 +332,7 @@ def test_one_backward_of_the_sum_is_one_backward_per_head(method, count):
 # -- numbers and types
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*PAPER_METHODS, "zero-peer"])
 def test_extreme_logits_stay_finite(method):
     g = torch.Generator().manual_seed(0)
     logits = [(1e4 * torch.randint(-1, 2, (B, N), generator=g)).float().requires_grad_() for _ in range(2)]
