@@ -5,9 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
+import silalib
+from silalib.data import DATASETS
 from silalib.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -76,7 +79,9 @@ def test_what_is_added_is_small_and_fits(copy):
     assert list(added) == ["A network", "A data set", "A method"]
     assert max(added.values()) < 20
     for command in (["check"], ["format", "--check"]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=copy, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "silalib"], cwd=copy, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout
 
 
@@ -100,3 +105,63 @@ def test_what_is_added_trains_and_is_tested(copy, results):
     assert {name: sum(name in key for key in keys) for name in ("allcnn", "stripes", "detached")} == {
         "allcnn": 4, "stripes": 2, "detached": 2,
     }  # fmt: skip
+
+
+def test_a_number_is_reproduced(monkeypatch):
+    """Every block that is followed by its output gives it; the last line of the last one is the cell of the page."""
+    monkeypatch.delenv("SILALIB_RESULTS")
+    page = blocks("reproduce.md")
+    (_, language, cell), *_ = page
+    assert language == "text"
+    outputs = [
+        (run(ROOT, language, code), expected)
+        for (_, language, code), (_, following, expected) in pairwise(page)
+        if language in ("python", "bash") and following == "text"
+    ]
+    assert len(outputs) == 4
+    for output, expected in outputs:
+        assert output == expected
+    assert outputs[-1][0].splitlines()[-1] == cell.strip()
+    assert cell.strip() in (ROOT / "results/paper/report/07_fig6_mnist_features.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_number_is_trained_in_quick():
+    heading, language, code = blocks("reproduce.md")[-1]
+    assert (heading, language) == ("Train it again", "bash")
+    output = run(ROOT, language, code)
+    assert "result.json: OK" in output and output.count('"test_concentration"') == 2  # Net1 and Net2
+
+
+def test_the_model_cards_hours_are_summed(monkeypatch):
+    ((_, language, code),) = blocks("model_card.md")
+    assert re.search(r"^paper: \d+\.\d hours on ", run(ROOT, language, code), re.M)
+
+
+def table(page, first):
+    """The rows of the table whose header begins with these words."""
+    lines = (DOCS / page).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_the_data_card_is_what_the_code_says():
+    image = lambda spec: "x".join(map(str, spec.image))
+    assert table("data_card.md", "name | data set") == [
+        [f"`{name}`", spec.title, str(spec.classes), image(spec), str(spec.train), str(spec.test)]
+        for name, spec in DATASETS.items()
+    ]
+    fixed = [[f"`{name}`", spec.sha256] for name, spec in DATASETS.items() if spec.sha256]
+    assert table("data_card.md", "name | sha256") == fixed
+
+
+def test_nothing_is_left_out():
+    index, benchmarks = (DOCS / "README.md").read_text(), (DOCS / "benchmarks.md").read_text()
+    assert [path.name for path in DOCS.glob("*.md") if f"({path.name})" not in index] == ["README.md"]
+    assert not [path.name for path in (ROOT / "benchmarks").glob("*.py") if f"benchmarks/{path.name}" not in benchmarks]
+    assert f": {silalib.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
