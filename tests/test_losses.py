@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import silalib
 from silalib.losses import (
+    COUPLED_BY_S,
     LABELS,
     METHODS,
     PAPER_METHODS,
@@ -327,6 +328,14 @@ def test_one_backward_of_the_sum_is_one_backward_per_head(method, count):
     for loss in per_head_losses(method, [net(x) for net in nets], TARGET):
         loss.backward(retain_graph=True)
     torch.testing.assert_close(together, [p.grad for p in parameters], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", [*COUPLED_BY_S, "dml", "sila+dml"])
+def test_where_the_peers_s_is_enough_its_logits_do_not_matter(method):
+    own, peer = heads(2)
+    even = (peer.detach().logsumexp(1) - math.log(N))[:, None].expand(-1, N)  # other logits with the same s
+    found = [gradients(METHODS[method]([own, other], TARGET), [own])[0] for other in (peer.detach(), even)]
+    assert torch.allclose(*found, rtol=1e-10, atol=1e-14) == (method in COUPLED_BY_S)
 
 
 # -- numbers and types
