@@ -3,6 +3,7 @@
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from . import summary
@@ -34,7 +35,7 @@ def gains(rows, methods, title):
     ax.plot([], [], "x", color="#777777", label="the paper's gain")
     ax.axvline(0, color="#333333", linewidth=1)
     ax.set_yticks(range(len(names)), [f"{pair}, Net{net}" for pair, net in names])
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("gain in top-1 over IND (percentage points)")
     ax.set_title(f"{title}{summary.seeds(top1['gain_n'], ', ')}", loc="right")
     fig.legend(loc="outside lower center", ncols=len(methods) + 1)
@@ -45,11 +46,16 @@ def show(fig, name, profile, alt, measured=True):
     """Save a figure as results/<profile>/figures/<name>.png, display it with its alternative text, and close it.
 
     measured: whether it shows records. In the quick profile it is watermarked then: the data are a stand-in.
+    Axes in which nothing is drawn say 'not run'; where all are, a line of text takes the figure's place.
     """
     import io
 
-    from IPython.display import Image, display
+    from IPython.display import Image, Markdown, display
 
+    if not anything_drawn(fig):
+        plt.close(fig)
+        display(Markdown("**Not run:** nothing of what this figure shows is on disk."))
+        return
     if measured and profile == "quick":
         fig.text(
             0.5, 0.5, "stand-in data", fontsize=44, color="#000000", alpha=0.07, rotation=25, ha="center", va="center"
@@ -65,6 +71,17 @@ def show(fig, name, profile, alt, measured=True):
     write_atomically(folder / f"{name}.png", buffer.getvalue())
     width = plt.imread(io.BytesIO(buffer.getvalue())).shape[1]
     display(Image(buffer.getvalue(), width=round(width * 0.62), alt=alt, metadata={"alt": alt}))
+
+
+def anything_drawn(fig):
+    """Whether any axes of a figure have data. Those without get the words 'not run' for their ticks and grid."""
+    empty = [ax for ax in fig.axes if not np.isfinite(ax.dataLim.get_points()).all()]
+    for ax in empty:
+        ax.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+        ax.grid(False)
+        if not ax.texts:
+            ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color="#767676")
+    return len(empty) < len(fig.axes)
 
 
 def show_table(frame, name, profile, caption, data=None):
