@@ -54,7 +54,7 @@ def show(fig, name, profile, alt, measured=True):
 
     if not anything_drawn(fig):
         plt.close(fig)
-        display(Markdown("**Not run:** nothing of what this figure shows is on disk."))
+        display(Markdown("**Not run:** the records, or the data, that this figure shows are not on disk."))
         return
     if measured and profile == "quick":
         fig.text(

@@ -70,7 +70,7 @@ def build(profile, names=None, seeds=None, device="auto", workers=None, train=Tr
             try:
                 if isinstance(outcome, Exception):
                     raise outcome
-                content = notebook_page(outcome, stem, profile, seeds, seconds)
+                content = notebook_page(outcome, stem, profile, seeds)
                 runs.write_atomically(executed / f"{stem}.ipynb", runs.to_json(outcome))
                 say(f"{stem}: page written after {duration(seconds)}")
             except Exception as error:  # whatever it is, the other pages are built
@@ -201,7 +201,7 @@ EXTERNAL = (
 """What a page must not have: a resource to fetch, or a script."""
 
 
-def notebook_page(notebook, stem, profile, seeds, seconds):
+def notebook_page(notebook, stem, profile, seeds):
     """The page of an executed notebook. Raises PageFailed for unknown math or something outside of the page."""
     title = NOTEBOOKS[stem][0]
     try:
@@ -214,7 +214,7 @@ def notebook_page(notebook, stem, profile, seeds, seconds):
     if not end:
         heading, rest = f"<h1>{html.escape(title)}", body
     facts, counts = provenance(stem, profile, seeds)
-    card = {"state": "done", "seconds": round(seconds, 1), **counts}
+    card = {"state": "done", **counts}
     return page(stem, profile, card, heading=heading + "</h1>", facts=facts, body=rest)
 
 

@@ -67,7 +67,7 @@ def new_pages(tmp_path_factory):
         outputs = [v4.new_output("display_data", data, metadata=metadata) for data, metadata in rendered]
         code = v4.new_code_cell("def f(x):  # a comment\n    return 'text', 1.5", outputs=outputs, execution_count=1)
         notebook = v4.new_notebook(cells=[v4.new_markdown_cell(EVERYTHING), code])
-        page = report.notebook_page(notebook, "00_siamese_labels", "small", None, 1)
+        page = report.notebook_page(notebook, "00_siamese_labels", "small", None)
         folder = report.results_folder("small") / "report"
         folder.mkdir()
         (folder / "00_siamese_labels.html").write_text(page, encoding="utf-8")
