@@ -174,10 +174,15 @@ def printed():
     return Evidence(tables=_joined([summary.printed(table).assign(exhibit=table) for table in TABLES]))
 
 
-def judge(profile, seeds=None):
-    """The verdict on every claim by the records of a profile, trained before; a damaged one counts as missing."""
+def collect(profile, seeds=None):
+    """The evidence of a profile: its records, trained before; a damaged one counts as missing."""
     grids = {name: exhibit.grid(profile, seeds) for name, exhibit in EXHIBITS.items()}
-    return judge_all(evidence(grids, ensure([run for grid in grids.values() for run in grid], profile, train=False)))
+    return evidence(grids, ensure([run for grid in grids.values() for run in grid], profile, train=False))
+
+
+def judge(profile, seeds=None):
+    """The verdict on every claim by the records of a profile."""
+    return judge_all(collect(profile, seeds))
 
 
 def judge_all(found):
