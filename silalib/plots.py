@@ -22,11 +22,6 @@ def use_style():
     plt.style.use(str(files("silalib") / "silalib.mplstyle"))
 
 
-def not_run(ax, text="not run"):
-    """Say in an empty panel why it is empty."""
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=20, color="#999999")
-
-
 def legend_below(fig, axes, ncols=2):
     """One legend below all panels, with each label once; none where nothing is drawn."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -50,7 +45,7 @@ def gains(rows, methods, title):
     ax.plot([], [], "x", color="#777777", label="the paper's gain")
     ax.axvline(0, color="#333333", linewidth=1)
     ax.set_yticks(range(len(names)), [f"{pair}, Net{net}" for pair, net in names])
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("gain in top-1 over IND (percentage points)")
     ax.set_title(f"{title}{summary.seeds(top1['gain_n'], ', ')}", loc="right")
     fig.legend(loc="outside lower center", ncols=len(methods) + 1)
@@ -82,9 +77,14 @@ def show(fig, name, profile, alt, records=()):
 
     alt: its alternative text. records: those it shows, as `ensure` gives them; <name>.json says where they come from.
     A figure of records is watermarked in the quick profile: the data are a stand-in. Equal figures give equal bytes.
+    Axes in which nothing is drawn say 'not run'; where all are, a line of text takes the figure's place.
     """
-    from IPython.display import Image, display
+    from IPython.display import Image, Markdown, display
 
+    if not anything_drawn(fig):
+        plt.close(fig)
+        display(Markdown("**Not run:** the records, or the data, that this figure shows are not on disk."))
+        return
     if records and profile == "quick":
         fig.text(
             0.5, 0.5, "stand-in data", fontsize=44, color="#000000", alpha=0.07, rotation=25, ha="center", va="center"
@@ -104,6 +104,17 @@ def show(fig, name, profile, alt, records=()):
     save("figures", name, profile, contents, records)
     width = plt.imread(io.BytesIO(contents["png"])).shape[1]
     display(Image(contents["png"], width=round(width * 0.62), alt=alt, metadata={"alt": alt}))
+
+
+def anything_drawn(fig):
+    """Whether any axes of a figure have data. Those without get the words 'not run' for their ticks and grid."""
+    empty = [ax for ax in fig.axes if not np.isfinite(ax.dataLim.get_points()).all()]
+    for ax in empty:
+        ax.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+        ax.grid(False)
+        if not ax.texts:
+            ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color="#767676")
+    return len(empty) < len(fig.axes)
 
 
 UNDATED = {

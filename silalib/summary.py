@@ -354,9 +354,9 @@ def comparison(summary, metrics, learned=0.0):
     for (pair, method, net, network), group in summary.groupby(index, sort=False):
         failed = " (did not learn)" if network in set(weak["network"]) else ""
         row = {("", "Networks"): pair, ("", "Method"): method}
-        row["", ""] = failed.strip() if method == LABELS["ind"] else f"Net{net}{failed}"
+        row["", "Net"] = failed.strip() if method == LABELS["ind"] else f"Net{net}{failed}"
         if reason := group["failed"].iloc[0]:
-            row["", ""] = f"{row['', '']} ({reason})".strip()
+            row["", "Net"] = f"{row['', 'Net']} ({reason})".strip()
         for cell in group.set_index("metric").loc[list(metrics)].reset_index().to_dict("records"):
             title = METRICS[cell["metric"]]
             row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or ("failed" if reason else "not run")

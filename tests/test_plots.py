@@ -76,6 +76,23 @@ def test_a_figure_of_records_says_where_they_come_from(record, results):
     assert json.loads(saved(results / "quick" / "figures", "schematic")[".json"])["runs"] == []
 
 
+def test_what_is_not_run_is_words_and_no_empty_figure(results, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    fig, axes = plots.plt.subplots(1, 3, sharey=True)
+    axes[1].plot([1, 2], [np.nan, np.nan])
+    axes[2].axhline(0)
+    plots.show(fig, "nothing", "paper", alt="None")
+    assert "Not run" in shown.pop().data and not saved(results / "paper" / "figures", "nothing")
+    fig, axes = plots.plt.subplots(1, 2, sharey=True)
+    axes[0].plot([1, 2])
+    plots.show(fig, "half", "paper", alt="A line")
+    assert [[text.get_text() for text in ax.texts] for ax in axes] == [[], ["not run"]]
+    assert axes[0].yaxis.get_tick_params()["labelleft"] and not axes[1].xaxis.get_tick_params()["labelbottom"]
+    assert shown.pop().alt == "A line" and saved(results / "paper" / "figures", "half")
+    assert not plots.plt.get_fignums()
+
+
 def test_tables_are_saved_for_others(record, results):
     text, numbers = pd.DataFrame({"a": ["1.0 ± 0.5"]}), pd.DataFrame({"mean": [1.0], "half": [0.5]})
     plots.show_table(text, "both", "small", "A caption", data=numbers, records={record.run: record})
