@@ -1,5 +1,7 @@
 """MSDNet: sizes and costs as published, its structure, its exits."""
 
+from collections import Counter
+from copy import deepcopy
 from itertools import accumulate
 
 import pytest
@@ -152,3 +154,30 @@ def test_an_exit_depends_on_its_own_blocks_alone():
     with torch.no_grad():
         for a, b in zip(network(x), network(x[1:2])):  # nor on the other images of the batch
             torch.testing.assert_close(a[1:2], b, rtol=1e-4, atol=1e-6)
+
+
+class OneByOne(nn.BatchNorm2d):
+    """As data-parallel training has it: another kind of BatchNorm2d, which must not be passed over."""
+
+
+@pytest.mark.parametrize("name", ["msdnet_anytime", "msdnet_budgeted"])
+def test_bottlenecks_computed_as_one_are_those_computed_one_by_one(name):
+    """Two steps in float64: logits, gradients, running statistics; and each layer is called where it is not as one."""
+    torch.manual_seed(0)
+    together = MODELS[name](10, width=0.25, blocks=3).double().train()
+    alone = deepcopy(together)
+    norms = [m for m in alone.modules() if isinstance(m, nn.BatchNorm2d)]
+    called = Counter()
+    for norm in norms:
+        norm.__class__ = OneByOne
+        norm.register_forward_hook(lambda norm, *_: called.update([norm]))
+    for _ in range(2):
+        images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+        for expected, logits in zip(alone(images), together(images), strict=True):
+            torch.testing.assert_close(logits, expected)
+            for z in (expected, logits):
+                z.square().sum().backward(retain_graph=True)
+    assert called == Counter(2 * norms)
+    torch.testing.assert_close(dict(together.state_dict()), dict(alone.state_dict()))
+    for (name, own), other in zip(together.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")

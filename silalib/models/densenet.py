@@ -19,10 +19,10 @@ class DenseLayer(nn.Sequential):
         super().__init__(
             OrderedDict(
                 norm1=nn.BatchNorm2d(inputs),
-                relu1=nn.ReLU(),
+                relu1=nn.ReLU(inplace=True),
                 conv1=nn.Conv2d(inputs, 4 * growth, 1, bias=False),
                 norm2=nn.BatchNorm2d(4 * growth),
-                relu2=nn.ReLU(),
+                relu2=nn.ReLU(inplace=True),
                 conv2=nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False),
             )
         )
@@ -52,7 +52,7 @@ class DenseNet(nn.Module):
         features = OrderedDict(
             conv0=nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False),
             norm0=nn.BatchNorm2d(channels),
-            relu0=nn.ReLU(),
+            relu0=nn.ReLU(inplace=True),
         )
         for i, layers in enumerate(DENSE_LAYERS, 1):
             features[f"denseblock{i}"] = DenseBlock(layers, channels, growth)
@@ -61,7 +61,7 @@ class DenseNet(nn.Module):
                 features[f"transition{i}"] = nn.Sequential(
                     OrderedDict(
                         norm=nn.BatchNorm2d(channels),
-                        relu=nn.ReLU(),
+                        relu=nn.ReLU(inplace=True),
                         conv=nn.Conv2d(channels, channels // 2, 1, bias=False),
                         pool=nn.AvgPool2d(2),
                     )
@@ -74,7 +74,7 @@ class DenseNet(nn.Module):
                 nn.init.kaiming_normal_(m.weight)
 
     def forward(self, x):
-        return self.classifier(torch.relu(self.features(x)).mean((2, 3)))
+        return self.classifier(self.features(x).relu_().mean((2, 3)))
 
 
 def densenet121(num_classes, in_channels=3, width=1.0, stem="cifar"):
