@@ -174,10 +174,15 @@ def printed():
     return Evidence(tables=_joined([summary.printed(table).assign(exhibit=table) for table in TABLES]))
 
 
-def judge(profile, seeds=None):
-    """The verdict on every claim by the records of a profile, trained before; a damaged one counts as missing."""
+def collect(profile, seeds=None):
+    """The evidence of a profile: its records, trained before; a damaged one counts as missing."""
     grids = {name: exhibit.grid(profile, seeds) for name, exhibit in EXHIBITS.items()}
-    return judge_all(evidence(grids, ensure([run for grid in grids.values() for run in grid], profile, train=False)))
+    return evidence(grids, ensure([run for grid in grids.values() for run in grid], profile, train=False))
+
+
+def judge(profile, seeds=None):
+    """The verdict on every claim by the records of a profile."""
+    return judge_all(collect(profile, seeds))
 
 
 def judge_all(found):
@@ -186,6 +191,15 @@ def judge_all(found):
         left_out = [name for name in exhibits if not any(run in found.records for run in found.grids.get(name, ()))]
         judged.append(Judged(number, claim, tuple(effects(found)), tuple(left_out)))
     return judged
+
+
+def in_words(claim):
+    """A judged claim as Markdown: a line for each of its effects, then the verdict and why it is not better."""
+    lines = [
+        f"- {effect.name}: {str(effect) or 'no record'}. {effect.verdict.capitalize()}." for effect in claim.effects
+    ]
+    lines.append(f"\n**{claim.claim}: {claim.verdict}**" + (f" ({claim.note})." if claim.note else "."))
+    return "\n".join(lines)
 
 
 def score(judged):

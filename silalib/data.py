@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,7 @@ class Dataset:
 
     image: shape (C, H, W). folder: where its files lie below the data folder, None if embedded.
     sha256: of the decoded pixels and labels, None if not fixed. prepared: from the user's own files, see `folders`.
+    read: gives its images and labels as tensors, in the order of `Images`, where they are embedded.
     """
 
     title: str
@@ -44,11 +46,12 @@ class Dataset:
     folder: str | None = None
     sha256: str | None = None
     prepared: bool = False
+    read: Callable | None = None
 
 
 DATASETS = {
-    "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1297, 500),
-    "digits64": Dataset("digits (8x8, enlarged to 64x64)", 10, (1, 64, 64), 1297, 500),
+    "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1297, 500, read=lambda: _digits(32)),
+    "digits64": Dataset("digits (8x8, enlarged to 64x64)", 10, (1, 64, 64), 1297, 500, read=lambda: _digits(64)),
     "mnist": Dataset(
         "MNIST",
         10,
@@ -166,8 +169,8 @@ def load(name):
     """
     if dataset(name).prepared:
         return _prepared(name)
-    if name.startswith("digits"):
-        return _verified(name, _digits(DATASETS[name].image[1]))
+    if DATASETS[name].read:
+        return _verified(name, DATASETS[name].read())
     return _from_torchvision(name)
 
 

@@ -283,6 +283,16 @@ def not_run(grid, records):
     return "\n".join(lines)
 
 
+def training_images(run):
+    """How many images a run is trained on, in words."""
+    return f"{run.train_size:,}" if run.train_size else f"all but {run.holdout:,}" if run.holdout else "all"
+
+
+def schedule(run):
+    """What a figure is labelled with beside its `title`: epochs, training images, width."""
+    return f"{run.epochs} epochs of {training_images(run)} training images, width {run.width:g}"
+
+
 def title(profile, dataset):
     """What a figure or table is labelled with: the data it was trained on and the profile."""
     stand_in = ", a stand-in for the real data" if profile == "quick" else ""

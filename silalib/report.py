@@ -70,7 +70,7 @@ def build(profile, names=None, seeds=None, device="auto", workers=None, train=Tr
             try:
                 if isinstance(outcome, Exception):
                     raise outcome
-                content = notebook_page(outcome, stem, profile, seeds, seconds)
+                content = notebook_page(outcome, stem, profile, seeds)
                 runs.write_atomically(executed / f"{stem}.ipynb", runs.to_json(outcome))
                 say(f"{stem}: page written after {duration(seconds)}")
             except Exception as error:  # whatever it is, the other pages are built
@@ -201,7 +201,7 @@ EXTERNAL = (
 """What a page must not have: a resource to fetch, or a script."""
 
 
-def notebook_page(notebook, stem, profile, seeds, seconds):
+def notebook_page(notebook, stem, profile, seeds):
     """The page of an executed notebook. Raises PageFailed for unknown math or something outside of the page."""
     title = NOTEBOOKS[stem][0]
     try:
@@ -214,7 +214,7 @@ def notebook_page(notebook, stem, profile, seeds, seconds):
     if not end:
         heading, rest = f"<h1>{html.escape(title)}", body
     facts, counts = provenance(stem, profile, seeds)
-    card = {"state": "done", "seconds": round(seconds, 1), **counts}
+    card = {"state": "done", **counts}
     return page(stem, profile, card, heading=heading + "</h1>", facts=facts, body=rest)
 
 
@@ -259,18 +259,37 @@ def read_page(path):
     return card, thumbnail(content), content
 
 
+def compact(png):
+    """A PNG (base64) as the data: address of a lossless WebP; in 256 colours where that changes hardly a pixel.
+
+    So the picture takes a third of its bytes or less. A plot has few colours; photographs keep all of theirs.
+    """
+    from PIL import Image, ImageChops, ImageStat
+
+    drawn = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
+    fewer = image.quantize(256, kmeans=1, dither=Image.Dither.NONE).convert("RGB")
+    if max(ImageStat.Stat(ImageChops.difference(image, fewer)).mean) < 1:  # of 255
+        image = fewer
+    return webp(image, lossless=True)
+
+
+def webp(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "webp", **options)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def thumbnail(content, width=480):
-    """The first PNG of a page scaled to `width` pixels, in 64 colours, as base64; None if there is none."""
+    """The first picture of a page scaled to `width` pixels, as a data: address; None if there is none."""
     from PIL import Image
 
-    found = re.search(r'src="data:image/png;base64,([^"]+)"', content)
+    found = re.search(r'src="data:image/webp;base64,([^"]+)"', content)
     if not found:
         return None
-    image = Image.open(io.BytesIO(base64.b64decode(found[1]))).convert("RGB")
-    image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.quantize(64, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    image = Image.open(io.BytesIO(base64.b64decode(found[1])))
+    size = width, round(image.height * width / image.width)
+    return webp(image.resize(size, Image.Resampling.LANCZOS), quality=80)
 
 
 def provenance(stem, profile, seeds):
@@ -284,7 +303,7 @@ def provenance(stem, profile, seeds):
     parts = [part for origin in origins for part in origin.get("parts", [origin])]  # a run may go on elsewhere
     trained = sorted({origin["finished"][:10] for origin in origins})
     code = [part["silalib"].get("commit", part["silalib"]["code"]) for part in parts]
-    data = [f"{dataset(r.dataset).title}, {o['train_images']} training images" for r, o in zip(records, origins)]
+    data = [f"{dataset(r.dataset).title}, {o['train_images']:,} training images" for r, o in zip(records, origins)]
     facts = [
         ("profile", profile),
         ("seeds", ", ".join(map(str, sorted({run.seed for run in grid})))),
@@ -323,12 +342,19 @@ def template(name):
     folder = Path(__file__).parent / "templates"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals["style"] = Markup((folder / "style.css").read_text(encoding="utf-8"))
-    environment.filters["python"] = lambda code: Markup(highlight(code, PythonLexer(), HtmlFormatter(nowrap=True)))
+    environment.filters["python"] = lambda code: Markup(
+        re.sub(UNSTYLED, r"\1", highlight(code, PythonLexer(), HtmlFormatter(nowrap=True)))
+    )
     environment.filters["plain"] = strip_ansi
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
+    environment.filters["compact"] = compact
     environment.filters["duration"] = duration
     environment.filters["excerpt"] = excerpt
     return environment.get_template(f"{name}.html.j2")
+
+
+UNSTYLED = r'<span class="(?!k|s|m|c|ow|n[bcdf]"|fm)\w+">([^<]*)</span>'
+"""The classes of Pygments that style.css leaves alone: most of a page's code would be their names."""
 
 
 def markdown_converter(profile):
@@ -419,9 +445,9 @@ def tidy_table(match):
     from bs4 import BeautifulSoup
 
     table = BeautifulSoup(match[0], "html.parser").table
-    del table["border"]
-    for header in table.find_all("th"):
-        header["scope"] = "col" if header.find_parent("thead") else "row"
+    for tag in [table, *table.find_all(["th", "td"])]:  # pandas names every cell, with a new random number each time
+        for name in ("id", "class", "border"):
+            del tag[name]
     body = [row.find_all("td") for row in table.find_all("tr") if row.find("td")]
     heads = [row.find_all("th") for row in table.select("thead tr")]
     for column in range(min(map(len, body), default=0)):
@@ -431,10 +457,22 @@ def tidy_table(match):
             # of a row of headers the last ones stand above the cells
             cells += [head[column - len(body[0])] for head in heads if len(head) >= len(body[0])]
             kind = "number"
+        elif any(len(text) > 30 for text in texts):
+            kind = "prose"
         else:
-            kind = "prose" if any(len(text) > 30 for text in texts) else "words"
-        for cell in cells:
-            cell["class"] = [*cell.get("class", []), kind]
+            kind = ""
+        for cell in cells if kind else ():
+            cell["class"] = kind
+        if column == 0 and kind != "number" and not any(row.find("th") for row in table.select("tbody tr")):
+            for cell in filter(lambda cell: cell.get_text().strip(), cells):
+                cell.name = "th"
+    for header in table.find_all("th"):
+        if not header.get_text().strip():
+            header.name = "td"  # an empty header says nothing of its cells
+        elif header.find_parent("thead"):
+            header["scope"] = "colgroup" if int(header.get("colspan", 1)) > 1 else "col"
+        else:
+            header["scope"] = "row"
     name = html.escape(table.caption.get_text().strip() if table.caption else "Table", quote=True)
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{table}</div>'
 

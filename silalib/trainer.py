@@ -25,7 +25,7 @@ from . import data, early_exit, metrics, robustness
 from .augment import Normalise, epoch_plan
 from .autoaugment import autoaugment
 from .errors import Damaged, Stopped, UserError
-from .losses import METHODS
+from .losses import COUPLED_BY_S, METHODS
 from .models import EXITS, count_parameters
 from .parallel import DATA, Ranks
 from .paths import ROOT
@@ -204,7 +204,7 @@ class Training:
         logits = self.forward(images, training=True)
         for z in logits:
             z.retain_grad()
-        logits = self.ranks.all_heads(logits, mutual="dml" in self.run.method)
+        logits = self.ranks.all_heads(logits, mutual=self.run.method not in COUPLED_BY_S)
         self.loss(logits, target, **self.loss_arguments).backward()
         self.optimizer.step()
         self.sums += statistics([z.detach() for z in logits], [z.grad for z in logits], target)
@@ -372,7 +372,7 @@ class Training:
                 | {f"train_{k}": v for k, v in at_end.items()}
                 | {"parameters": count_parameters(self.nets[slot]), "macs": macs}
             )
-            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels).items()}
+            arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels, run.nets[slot]).items()}
         if run.nets[0] in EXITS:
             for values, macs in zip(heads, early_exit.exit_costs(self.nets[0], image, budgeted=True)):
                 values["macs_budgeted"] = macs
@@ -403,7 +403,7 @@ class Training:
         held = self.splits["holdout"]
         arrays = {"calibration_labels": held.labels.cpu().short().numpy()}
         for head, z in zip(self.ranks.heads(self.run), self.predict(held.images)):
-            kept = per_image(z, held.labels)
+            kept = per_image(z, held.labels, self.run.nets[0])
             arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
         return arrays
 
@@ -556,16 +556,17 @@ def statistics(logits, gradients, target):
     return torch.stack([row.view(len(own), batch).double().mean(1) for row in rows], 1)
 
 
-def per_image(logits, target):
+def per_image(logits, target, network):
     """What test.npz keeps of one head: enough for calibration, comparison by image and the free energies.
 
-    The confidence is float32: in half precision confident images tie, and thresholds cannot tell them apart.
+    All in half precision, but for the confidence of an exit: there confident images tie in half precision, and
+    thresholds cannot tell them apart.
     """
     log_p = logits.log_softmax(1)
     largest, predicted = log_p.max(1)
     arrays = {
         "log_probability": log_p.gather(1, target[:, None])[:, 0].half(),
-        "confidence": largest.exp(),
+        "confidence": largest.exp() if network in EXITS else largest.exp().half(),
         "predicted": predicted.short(),
         "top5": metrics.in_top_k(logits, target, 5),
         "s": logits.logsumexp(1).half(),

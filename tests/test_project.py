@@ -1,10 +1,14 @@
 """The project as a whole: notebooks, links, packaging."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
+from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 
@@ -34,11 +38,85 @@ def test_every_exhibit_has_its_notebook():
     assert {exhibit.notebook for exhibit in EXHIBITS.values()} <= {path.stem for path in NOTEBOOKS}
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
-def test_links_resolve(path):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
+def markdown(path):
+    """The Markdown of a file or of a notebook's cells, without its code."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.DOTALL)
+    return re.sub(r"`([^`\n]+)`", lambda code: code[1].replace("](", ""), text)  # its words count in a heading
+
+
+def slugs(text):
+    """The anchors that GitHub makes of the headings of a Markdown text."""
+    found = []
+    for heading in re.findall(r"^#{1,6} +(.+)$", text, re.M):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
+        same = sum(other == slug or re.fullmatch(re.escape(slug) + r"-\d+", other) is not None for other in found)
+        found.append(f"{slug}-{same}" if same else slug)
+    return found
+
+
+class Page(HTMLParser):
+    """The links, and the anchors, of an HTML page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.anchors = [], set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes["id"]} if "id" in attributes else set()
+        self.links += [attributes[name] for name in ("href", "src") if name in attributes]
+
+
+@cache
+def links_and_anchors(path):
+    if path.suffix == ".html":
+        page = Page(path)
+        return page.links, page.anchors
+    text = markdown(path)
+    links = re.findall(r"\]\(<?([^)\s>]+)[^)]*\)", text) + re.findall(r"^\[[^]]+\]: *(\S+)", text, re.M)
+    return links + re.findall(r"""\s(?:href|src)=["']([^"']+)""", text), set(slugs(text))
+
+
+def resolves(link, path):
+    name, _, anchor = unquote(link).partition("#")
+    target = (path.parent / name).resolve() if name else path
+    if not target.exists() or not target.is_relative_to(ROOT):
+        return False
+    return not anchor or target.suffix not in (".md", ".html") or anchor in links_and_anchors(target)[1]
+
+
+def broken(path):
+    """The links of a file that lead nowhere in this project."""
+    inside = [link for link in links_and_anchors(path)[0] if not re.match(r"(https?|mailto|data):", link)]
+    return [link for link in inside if not resolves(link, path)]
+
+
+LINKING = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("benchmarks/*.md")]
+LINKING += [*NOTEBOOKS, *ROOT.glob("results/*/report/*.html")]
+
+
+@pytest.mark.parametrize("path", sorted(LINKING), ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_anchors_resolve(path):
+    assert broken(path) == []
+
+
+def test_a_broken_link_or_anchor_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "b.html").write_text('<h2 id="A-part">A part</h2><a href="a.md#no">x</a><a href="#A-part">y</a>')
+    text = "# One `code`, twice\n## Two\n## Two\n[a](#one-code-twice) [b](b.html#A-part) [c](#two-1) [d](#two-2) "
+    text += (
+        "[e](none.md) [f](b.html#part) ![g](https://h)\n```\n# No heading [i](j.md)\n```\n[k](../l.md) `[m](n.md)`\n"
+    )
+    (tmp_path / "a.md").write_text(text)
+    (tmp_path.parent / "l.md").touch()
+    assert broken(tmp_path / "a.md") == ["#two-2", "none.md", "b.html#part", "../l.md"]
+    assert broken(tmp_path / "b.html") == ["a.md#no"]
 
 
 def test_the_networks_page_is_what_the_code_counts():

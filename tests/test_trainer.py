@@ -478,11 +478,11 @@ def test_final_metrics_and_what_is_kept_of_each_image(record):
         p, y = z.softmax(1).numpy(), split["test"].labels.numpy()
         truth = p[np.arange(500), y]
         np.testing.assert_allclose(test[f"log_probability_{head}"], np.log(truth), rtol=2e-3)
-        np.testing.assert_allclose(test[f"confidence_{head}"], p.max(1), rtol=1e-5)
+        np.testing.assert_allclose(test[f"confidence_{head}"], p.max(1), rtol=2e-3)
         np.testing.assert_allclose(test[f"s_{head}"], np.log(np.exp(z.numpy()).sum(1)), rtol=2e-3)
         assert (test[f"predicted_{head}"] == p.argmax(1)).mean() > 0.995
         assert (test[f"top5_{head}"] == ((p > truth[:, None]).sum(1) < 5)).mean() > 0.995
-        assert {a.dtype.name for k, a in test.items() if k.startswith(("log", "s_"))} == {"float16"}
+        assert {a.dtype.name for k, a in test.items() if k.startswith(("log", "conf", "s_"))} == {"float16"}
 
 
 def test_features_are_what_the_last_layer_reads(record):

@@ -7,7 +7,8 @@ from torch import nn
 
 from .layers import ClassLayer, check_stem
 
-BLOCKS = (6, 12, 24, 16)
+DENSE_LAYERS = (6, 12, 24, 16)
+"""Of each block."""
 GROWTH = 32
 
 
@@ -53,10 +54,10 @@ class DenseNet(nn.Module):
             norm0=nn.BatchNorm2d(channels),
             relu0=nn.ReLU(inplace=True),
         )
-        for i, layers in enumerate(BLOCKS, 1):
+        for i, layers in enumerate(DENSE_LAYERS, 1):
             features[f"denseblock{i}"] = DenseBlock(layers, channels, growth)
             channels += layers * growth
-            if i < len(BLOCKS):
+            if i < len(DENSE_LAYERS):
                 features[f"transition{i}"] = nn.Sequential(
                     OrderedDict(
                         norm=nn.BatchNorm2d(channels),

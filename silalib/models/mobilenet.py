@@ -4,8 +4,10 @@ from torch import nn
 
 from .layers import ClassLayer, check_stem, conv_bn_relu
 
-# (channels, stride) of the thirteen depthwise-separable blocks
-BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)) + ((512, 1),) * 5 + ((1024, 2), (1024, 1))
+CHANNELS_AND_STRIDES = (
+    ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)) + ((512, 1),) * 5 + ((1024, 2), (1024, 1))
+)
+"""Of the thirteen depthwise-separable blocks."""
 
 
 class MobileNet(nn.Module):
@@ -15,7 +17,7 @@ class MobileNet(nn.Module):
         super().__init__()
         inputs = max(1, round(32 * width))
         layers = conv_bn_relu(in_channels, inputs, 3)
-        for base, stride in BLOCKS:
+        for base, stride in CHANNELS_AND_STRIDES:
             channels = max(1, round(base * width))
             layers += conv_bn_relu(inputs, inputs, 3, stride, groups=inputs)
             layers += conv_bn_relu(inputs, channels, 1)

@@ -160,7 +160,11 @@ def scaled(number, factors):
     return [number * factor for factor in factors]
 
 
-BLOCKS = {"msdnet_anytime": (4, 2, 2, 2, 2, 2, 2), "msdnet_budgeted": (1, 2, 3, 4, 5), "msdnet_imagenet": (4,) * 5}
+LAYERS_OF_BLOCKS = {
+    "msdnet_anytime": (4, 2, 2, 2, 2, 2, 2),
+    "msdnet_budgeted": (1, 2, 3, 4, 5),
+    "msdnet_imagenet": (4,) * 5,
+}
 """Network -> the dense layers of each block.
 
 A network with fewer blocks has as many layers in each as here, but drops its scales earlier, since there are fewer
@@ -169,9 +173,9 @@ layers in all: it is a network of its own, and its exits cost less than the firs
 
 def layers_of(name, blocks):
     """The dense layers of each block of a network, of the first `blocks` blocks or of all for None."""
-    if blocks is not None and not 1 <= blocks <= len(BLOCKS[name]):
-        raise ValueError(f"{name} has 1 to {len(BLOCKS[name])} blocks, not {blocks}")
-    return BLOCKS[name][:blocks]
+    if blocks is not None and not 1 <= blocks <= len(LAYERS_OF_BLOCKS[name]):
+        raise ValueError(f"{name} has 1 to {len(LAYERS_OF_BLOCKS[name])} blocks, not {blocks}")
+    return LAYERS_OF_BLOCKS[name][:blocks]
 
 
 def small(name, num_classes, in_channels, width, stem, blocks):

@@ -1,0 +1,186 @@
+"""The report in a real browser, headless: nothing is fetched, nothing overflows a phone, the keyboard is enough."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from silalib import report
+from silalib.paths import ROOT
+
+REPORTS = sorted(ROOT.glob("results/*/report"))
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+PHONE, DESK = (390, 844), (1280, 900)
+
+EVERYTHING = """# A page with everything
+
+Text with $e^{z_c}$ and a [link](09_claims.ipynb).
+
+## A formula that is wide, and a long_name_that_has_no_place_to_break_in_all_of_its_many_many_letters_of_text
+
+$$L = \\sum_{c=1}^{C} z_c + \\sum_{c=1}^{C} z_c + \\sum_{c=1}^{C} z_c + \\sum_{c=1}^{C} z_c + \\sum_{c=1}^{C} z_c$$
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A selenium driver of Chromium that logs all requests and the console."""
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chromedriver")]
+    if not (any(found[:3]) and found[3]) and "SILALIB_NEEDS_BROWSER" not in os.environ:
+        pytest.skip("no Chromium with its chromedriver: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install -e '.[dev]'")
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = next(filter(None, found[:3]))
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found[3]))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def new_pages(tmp_path_factory):
+    """The folder of a report made now: one page with a wide table, a wide figure, math and code; the rest not built."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    from IPython.core.formatters import DisplayFormatter
+    from nbformat import v4
+
+    from silalib import plots
+
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SILALIB_RESULTS", str(tmp_path_factory.mktemp("results")))
+        patch.setattr("IPython.display.display", shown.append)
+        fig, ax = plt.subplots(figsize=(12, 4))
+        ax.plot([1, 2, 3])
+        plots.show(fig, "wide", "small", alt="A rising line")
+        wide = pd.DataFrame({f"a header of several words {i}": [f"{i}.{i} ± 0.1"] * 3 for i in range(12)})
+        plots.show_table(wide, "wide", "small", "A wide table")
+        rendered = [DisplayFormatter().format(item) for item in shown]
+        outputs = [v4.new_output("display_data", data, metadata=metadata) for data, metadata in rendered]
+        code = v4.new_code_cell("def f(x):  # a comment\n    return 'text', 1.5", outputs=outputs, execution_count=1)
+        notebook = v4.new_notebook(cells=[v4.new_markdown_cell(EVERYTHING), code])
+        page = report.notebook_page(notebook, "00_siamese_labels", "small", None)
+        folder = report.results_folder("small") / "report"
+        folder.mkdir()
+        (folder / "00_siamese_labels.html").write_text(page, encoding="utf-8")
+        report.write_index("small")
+    return folder
+
+
+def visit(browser, page, size=DESK, **media):
+    """Load a page in a window of that size, with CSS media features such as prefers_color_scheme="dark"."""
+    width, height = size
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size is PHONE}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items() if name != "media"]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media.get("media", ""), "features": features})
+    browser.get(page.resolve().as_uri())
+
+
+def check(browser, page):
+    """What must hold of every page: it loads by itself, without an error, and fits a phone."""
+    visit(browser, page, PHONE)
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert page.resolve().as_uri() in asked
+    assert [url[:80] for url in asked if not url.startswith(("data:", page.resolve().as_uri()))] == []
+    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    width = browser.execute_script("return document.scrollingElement.scrollWidth")
+    assert width <= PHONE[0], f"{page} is {width} pixels wide"
+    broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+    assert browser.execute_script(broken) == 0
+
+
+@pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.parent.name)
+def test_every_committed_page_fetches_nothing_and_fits_a_phone(browser, folder):
+    for page in sorted(folder.glob("*.html")):
+        check(browser, page)
+
+
+def test_every_new_page_fetches_nothing_and_fits_a_phone(browser, new_pages):
+    pages = sorted(new_pages.glob("*.html"))
+    assert len(pages) == len(report.NOTEBOOKS) + 1
+    for page in pages:
+        check(browser, page)
+
+
+def test_what_is_wide_scrolls_in_its_own_box(browser, new_pages):
+    visit(browser, new_pages / "00_siamese_labels.html", PHONE)
+    box = "const e = document.querySelector(arguments[0]); return [e.scrollWidth > e.clientWidth, e.clientWidth]"
+    for part in (".scroll", "figure", ".math"):
+        scrolls, width = browser.execute_script(box, part)
+        assert scrolls and width <= PHONE[0], part
+
+
+def test_the_keyboard_is_enough(browser, new_pages):
+    """Tab reaches the skip link first, Enter follows it; Tab reaches folded code, Enter unfolds and folds it."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    press = lambda key: ActionChains(browser).send_keys(key).perform()
+    ask = browser.execute_script
+    visit(browser, new_pages / "00_siamese_labels.html")
+    press(Keys.TAB)
+    assert ask("return document.activeElement.className") == "skip"
+    assert ask("return document.activeElement.getBoundingClientRect().left >= 0")
+    press(Keys.ENTER)
+    assert ask("return location.hash") == "#content"
+    for _ in range(20):
+        press(Keys.TAB)
+        if ask("return document.activeElement.tagName") == "SUMMARY":
+            break
+    assert ask("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    is_open = "return document.activeElement.parentElement.open"
+    assert not ask(is_open)
+    press(Keys.ENTER)
+    assert ask(is_open)
+    press(Keys.ENTER)
+    assert not ask(is_open)
+
+
+CONTRAST = """
+const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = (c) => {
+  const [r, g, b] = c.slice(0, 3).map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const low = [];
+for (const details of document.querySelectorAll("details")) details.open = true;
+for (const e of document.body.querySelectorAll("*:not(.anchor)")) {
+  if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
+  let behind = e;
+  while (behind && rgb(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+  const pair = [rgb(getComputedStyle(e).color), rgb(getComputedStyle(behind || document.body).backgroundColor)];
+  const [dark, bright] = pair.map(light).sort((a, b) => a - b);
+  const ratio = (bright + 0.05) / (dark + 0.05);
+  if (ratio < 4.5) low.push(`${e.tagName} ${e.className}: ${ratio.toFixed(2)}`);
+}
+return [low, light(rgb(getComputedStyle(document.body).backgroundColor))];
+"""
+"""Elements whose text has less than WCAG's contrast of 4.5 to what is behind it, and the page's own luminance."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_dark(browser, new_pages, scheme):
+    for page in ("00_siamese_labels.html", "01_table1_cifar100.html", "index.html"):
+        visit(browser, new_pages / page, prefers_color_scheme=scheme)
+        low, background = browser.execute_script(CONTRAST)
+        assert low == []
+        assert background > 0.9 if scheme == "light" else background < 0.05
+
+
+def test_print_leaves_out_navigation_and_code(browser, new_pages):
+    visit(browser, new_pages / "00_siamese_labels.html", media="print", prefers_color_scheme="dark")
+    seen = "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).length"
+    for part in ("nav", ".skip", "details", ".anchor"):
+        assert browser.execute_script(seen, part) == 0, part
+    assert browser.execute_script(seen, "h1, table, figure img") == 3
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -1,0 +1,146 @@
+"""README is what the committed records say."""
+
+import io
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_claims import GAINS, made_up
+
+from silalib import claims, readme
+from silalib.claims import Effect
+from silalib.experiments import EXHIBITS
+from silalib.paths import ROOT
+
+TEXT = "# Title\n<!-- measured -->\nold\n<!-- end -->\nThe rest\n"
+
+
+@pytest.fixture
+def committed(results):
+    """The records that are in git, or all of them where there is no git, as this test's own results."""
+    found = [path.relative_to(ROOT) for path in ROOT.glob("results/*/runs/*/result.json")]
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "results"], capture_output=True, text=True)
+    if listed.returncode == 0:
+        found = [path for path in found if str(path) in listed.stdout.splitlines()]
+    for path in found:
+        if "quick" not in path.parts:
+            link = results / path.parent.relative_to("results")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(ROOT / path.parent)
+    return results
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """README and its picture, elsewhere."""
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme, "PICTURE", tmp_path / "measured.png")
+    return tmp_path
+
+
+def pixels(content):
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+
+
+def test_readme_is_what_the_records_say(committed, copy):
+    """Its picture too: every pixel under the versions of constraints.txt, else nearly."""
+    own, picture = readme.README, readme.PICTURE
+    text = (ROOT / "README.md").read_text()
+    own.write_text(readme.MARKED.sub("", text))
+    assert own.read_text() != text
+    readme.main()
+    again = "README.md is not what the records say: python -m silalib.readme"
+    assert own.read_text() == text, again
+    kept = (ROOT / "docs" / "images" / "measured.png").read_bytes()
+    assert len(kept) < 200_000
+    before, now = pixels(kept), pixels(picture.read_bytes())
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    if all(version(name) == tested[name] for name in ("matplotlib", "numpy", "pillow")):
+        assert np.array_equal(before, now), again
+    assert before.shape == now.shape and abs(before - now).mean() < 5, again
+
+
+def test_no_profile_fills_anothers_cell():
+    """Table 1's records at one profile, Figure 6's at another."""
+    grids = {name: EXHIBITS[name].grid("paper") for name in ("table1", "table2", "table3", "fig6")}
+    found = {"paper": made_up(6, GAINS["reproduced"]), "small": made_up(1, GAINS["reproduced"][:1])}
+    found = {profile: claims.evidence(grids, evidence.records) for profile, evidence in found.items()}
+    for evidence in found.values():
+        for run, record in evidence.records.items():
+            record.result = {"provenance": provenance(run)}
+            record.features = features(len(run.nets))
+            record.heads = [{"top1": 50.0, "test_concentration": 7} | head for head in record.heads]
+    text, picture = readme.render(found)
+    rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    table = {tuple(row[:2]): row[3:] for row in rows if len(row) == 5}
+    # 40 cells: five pairs of two networks, four metrics
+    assert table["Table 1", "top-1, SiLa over IND (points)"] == ["not run", "+2.00, 40 of 40, 1 seed"]
+    assert table["Table 1", "top-1, SiLa+DML over IND (points)"] == ["not run", "+4.00, 40 of 40, 1 seed"]
+    ratio = table["Figure 6", "scatter ratio of the features, IND above SiLa"]
+    assert ratio == ["+2.5000 ± 1.2421, 2 of 2, 3 seeds", "not run"]
+    others = [cells for (exhibit, _), cells in table.items() if exhibit[:6] in ("Table ", "Figure")]
+    assert len(others) == 16 and others.count(["not run", "not run"]) == 12
+    verdicts = {row[0][0]: row[1:] for row in rows if row[0][1:2] == "."}
+    assert verdicts["6"] == ["reproduced", "not run"] and verdicts["1"] == ["not run", "inconclusive"]
+    # 6 runs of 10 s; 18 trainings of 10 s, one by two devices
+    assert "Figure 6: features on MNIST | paper | 20 of 20 epochs, all images | 6 of 6 | 0, 1, 2 | 1 min 00 s" in text
+    assert "Table 1: CIFAR-100 | small | 260 of 260 epochs, all images | 18 of 54 | 0 | 3 min 00 s" in text
+    assert "a CPU, float32; a GPU, bfloat16 |\n" in text
+    assert "These 24 runs took 4 min 00 s of training." in text
+    assert "Trained alone, MobileNet reaches 50.00% top-1 on CIFAR-100; the paper prints 66.90%." in text
+    assert len(np.unique(pixels(picture).reshape(-1, 3), axis=0)) > 20
+
+
+def provenance(run):
+    part = {"device": "a CPU", "precision": "float32"}
+    if run.method == "dml":
+        part = {"parts": [part, {"device": "a GPU", "precision": "bfloat16"}]}
+    return {"seconds": 10, "train_images": 50000, **part}
+
+
+def features(networks):
+    points = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float16)
+    return {f"test_{head}": points for head in range(networks)} | {"test_labels": np.arange(50) % 10}
+
+
+def test_a_damaged_record_stops_it(committed, copy, capsys):
+    run = next(run for run in claims.collect("paper").records if run.dataset == "mnist")
+    folder = committed / "paper" / "runs" / run.key
+    whole = folder.resolve()
+    folder.unlink()
+    shutil.copytree(whole, folder)
+    (folder / "history.csv").write_text("epoch\n")
+    readme.README.write_text(TEXT)
+    with pytest.raises(SystemExit, match=f"{re.escape(run.key)} has no whole record"):
+        readme.main()
+    assert readme.README.read_text() == TEXT and not readme.PICTURE.exists()
+    assert "history.csv" in capsys.readouterr().err
+
+
+def test_only_what_is_between_the_marks_is_written(copy, monkeypatch):
+    monkeypatch.setattr(readme, "collect", dict)
+    monkeypatch.setattr(readme, "render", lambda found: (r"new \1" + "\n", b"picture"))
+    readme.README.write_text(TEXT)
+    readme.main()
+    assert readme.README.read_text() == TEXT.replace("old", r"new \1")
+    assert readme.PICTURE.read_bytes() == b"picture"
+    readme.README.write_text("no marks")
+    with pytest.raises(SystemExit, match="no place between <!-- measured --> and <!-- end -->"):
+        readme.main()
+
+
+def test_effects_in_cells():
+    two = Effect("top-1", "points", 1.5, 0.25, seeds=3, won=1, total=2, missing=4, runs=(SimpleNamespace(),))
+    assert readme.in_cell(two) == "+1.50 ± 0.25, 1 of 2 (4 more not run), 3 seeds"
+    assert readme.in_cell(Effect("top-1", "points", missing=4)) == ""
+    assert readme.in_cell(Effect("top-1", "points", 1.5, won=3, total=3)) == "+1.50, 3 of 3"
+    assert [readme.named(Effect(name, unit)) for name, unit in (("x", "nats"), ("a ratio", "ratio"))] == [
+        "x (nats)",
+        "a ratio",
+    ]

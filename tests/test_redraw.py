@@ -1,0 +1,69 @@
+"""What is committed is drawn again from its records, in kernels as a user starts them, without data or training."""
+
+import re
+import shutil
+
+import pytest
+
+from silalib import claims, experiments, report, runs
+from silalib.__main__ import main
+from silalib.paths import ROOT
+
+pytestmark = pytest.mark.slow
+PROFILES = [path.parent.name for path in sorted(ROOT.glob("results/*/runs")) if path.parent.name != "quick"]
+TIMED = ("fig4_time", "fig5")
+"""What shows times measured by the machine that draws."""
+
+
+@pytest.fixture
+def redraw(results, data_folder, capfd):
+    """redraw(profile, *arguments) -> exit status and standard error of `report --no-train` on committed records."""
+
+    def run(profile, *arguments):
+        if not (results / profile).exists():
+            shutil.copytree(ROOT / "results" / profile / "runs", results / profile / "runs")
+        status = main(["report", *arguments, "--profile", profile, "--no-train"])
+        return status, capfd.readouterr().err
+
+    return run
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_committed_records_are_redrawn_to_the_same_bytes(redraw, results, profile):
+    states = []
+    for _ in range(2):
+        status, errors = redraw(profile)
+        assert status == 0
+        states.append({kind: contents(results / profile / kind) for kind in ("figures", "tables", "runs")})
+    first, second = states
+    assert first["runs"] == second["runs"] == contents(ROOT / "results" / profile / "runs")
+    for kind in ("figures", "tables"):
+        same = [path for path in first[kind] if not path.name.startswith(TIMED)]
+        assert len(same) > 10 and set(first[kind]) == set(second[kind])
+        assert [path for path in same if first[kind][path] != second[kind][path]] == []
+    grid = {run for exhibit in experiments.EXHIBITS.values() for run in exhibit.grid(profile)}
+    missing = sum(runs.find(run) is None for run in grid)
+    assert f"{missing} of {len(grid)} runs not run" in errors
+    for stem, (_, exhibits) in report.NOTEBOOKS.items():
+        page = (results / profile / "report" / f"{stem}.html").read_text(encoding="utf-8")
+        own = {run for name in exhibits for run in experiments.EXHIBITS[name].grid(profile)}
+        left = sum(runs.find(run) is None for run in own)
+        assert (f"{left} of {len(own)} runs of this page are missing" in page) == bool(left)
+        assert not left or re.search("not run", page, re.IGNORECASE)
+
+
+def test_a_damaged_record_is_shown_and_not_trained_again(redraw, results):
+    folder = shutil.copytree(ROOT / "results" / "paper" / "runs", results / "paper" / "runs")
+    damaged = next(run for run in experiments.fig6("paper") if runs.find(run))
+    (folder / damaged.key / "history.csv").write_text("damaged")
+    before = contents(folder)
+    status, errors = redraw("paper", "fig6")
+    assert status == 1 and "1 runs have a damaged record" in errors
+    assert contents(folder) == before
+    page = (results / "paper" / "report" / "07_fig6_mnist_features.html").read_text(encoding="utf-8")
+    assert "1 of them have a damaged record" in page
+    assert claims.judge("paper", None)[5].verdict == "inconclusive"
