@@ -17,6 +17,7 @@ from silalib import data
 from silalib._torchvision import torchvision  # noqa: F401
 from silalib.augment import epoch_plan
 from silalib.autoaugment import autoaugment
+from silalib.bench import spread
 from silalib.runs import Run
 from silalib.trainer import Training, pick_device
 
@@ -35,11 +36,6 @@ def seconds(device, function, *arguments):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-def spread(values, unit=1.0):
-    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-    return f"{middle * unit:.3g} [{low * unit:.3g}, {high * unit:.3g}]"
 
 
 def main():

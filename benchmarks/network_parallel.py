@@ -15,14 +15,10 @@ import torch
 import torch.distributed as dist
 
 from silalib.augment import epoch_plan
+from silalib.bench import spread
 from silalib.parallel import NETWORK, Ranks
 from silalib.runs import Run
 from silalib.trainer import Training, processor
-
-
-def spread(values, unit=1.0):
-    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-    return f"{middle * unit:.3g} [{low * unit:.3g}, {high * unit:.3g}]"
 
 
 def seconds_a_step(training, threads, steps, epoch):

@@ -1,4 +1,4 @@
-"""The command line: python -m silalib train|status|report|data.
+"""The command line: python -m silalib train|status|report|data|bench.
 
 Exit status: 0 all done, 75 stopped by the budget or a signal with work left, 1 a run or a page failed or data could
 not be downloaded, 2 wrong usage.
@@ -99,6 +99,14 @@ def parser():
     sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
     sub.add_argument("--workers", type=at_least(1), metavar="N", help="processes that decode; default one per CPU core")
     sub.set_defaults(wrong_usage=sub.error)
+    sub = command("bench", "images/s here, against a plain loop and the device's measured peak", measure_speed)
+    sub.add_argument("--nets", nargs="+", help="names, or pairs such as mobilenet+vgg13; default: four of the paper's")
+    sub.add_argument("--methods", nargs="+", help="default: ind sila")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    sub.add_argument("--speeds", nargs="+", help="settings of the trainer: fast (default) eager compiled float32 plain")
+    sub.add_argument("--rounds", type=at_least(1), default=5)
+    sub.add_argument("--steps", type=at_least(1), help="batches in a round; default 2 on a CPU, 100 on a GPU")
+    sub.add_argument("--output", help="the JSON file; default bench.json in the results folder")
     return top
 
 
@@ -235,6 +243,14 @@ def fetch_data(options):
             file=sys.stderr,
         )
     print(f"{spec.title}: {train} training and {test} test images in {where}, verified")
+    return 0
+
+
+def measure_speed(options):
+    from .bench import bench
+
+    names = ("nets", "methods", "device", "speeds", "rounds", "steps", "output")
+    bench(**{name: value for name in names if (value := getattr(options, name)) is not None})
     return 0
 
 

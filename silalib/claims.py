@@ -193,6 +193,15 @@ def judge_all(found):
     return judged
 
 
+def in_words(claim):
+    """A judged claim as Markdown: a line for each of its effects, then the verdict and why it is not better."""
+    lines = [
+        f"- {effect.name}: {str(effect) or 'no record'}. {effect.verdict.capitalize()}." for effect in claim.effects
+    ]
+    lines.append(f"\n**{claim.claim}: {claim.verdict}**" + (f" ({claim.note})." if claim.note else "."))
+    return "\n".join(lines)
+
+
 def score(judged):
     """In a line: claims: 2 reproduced, 1 inconclusive, 5 not run."""
     counts = Counter(claim.verdict for claim in judged)

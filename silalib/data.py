@@ -7,16 +7,19 @@ live in the folder of the environment variable SILALIB_DATA, or data/ in the pro
 """
 
 import hashlib
+import importlib.util
 import math
 import os
 import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -32,6 +35,7 @@ class Dataset:
 
     image: shape (C, H, W). folder: where its files lie below the data folder, None if embedded.
     sha256: of the decoded pixels and labels, None if not fixed. prepared: from the user's own files, see `folders`.
+    read: gives its images and labels as tensors, in the order of `Images`, where they are embedded.
     """
 
     title: str
@@ -42,11 +46,12 @@ class Dataset:
     folder: str | None = None
     sha256: str | None = None
     prepared: bool = False
+    read: Callable | None = None
 
 
 DATASETS = {
-    "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1297, 500),
-    "digits64": Dataset("digits (8x8, enlarged to 64x64)", 10, (1, 64, 64), 1297, 500),
+    "digits": Dataset("digits (8x8, enlarged)", 10, (1, 32, 32), 1297, 500, read=lambda: _digits(32)),
+    "digits64": Dataset("digits (8x8, enlarged to 64x64)", 10, (1, 64, 64), 1297, 500, read=lambda: _digits(64)),
     "mnist": Dataset(
         "MNIST",
         10,
@@ -164,8 +169,8 @@ def load(name):
     """
     if dataset(name).prepared:
         return _prepared(name)
-    if name.startswith("digits"):
-        return _verified(name, _digits(DATASETS[name].image[1]))
+    if DATASETS[name].read:
+        return _verified(name, DATASETS[name].read())
     return _from_torchvision(name)
 
 
@@ -209,12 +214,11 @@ def _prepared(name):
 
 def _digits(size):
     """The last 500 images to test on, the others to train on, enlarged to size x size once."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    package = Path(importlib.util.find_spec("sklearn").origin).parent  # its import takes as long as a small training
+    rows = torch.from_numpy(np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", np.uint8, delimiter=","))
+    images = rows[:, :-1].float().view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(images, size=size, mode="bilinear", align_corners=False).round().to(torch.uint8)
-    labels = torch.from_numpy(digits.target).long()
+    labels = rows[:, -1].long()
     n = DATASETS["digits"].train
     return images[:n], labels[:n], images[n:], labels[n:]
 

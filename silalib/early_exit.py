@@ -7,6 +7,7 @@ multiply-accumulates (MACs) of convolutions and linear layers for one image.
 """
 
 import time
+from contextlib import contextmanager
 from itertools import accumulate
 
 import numpy as np
@@ -33,6 +34,22 @@ def exit_costs(network, image, budgeted=False):
     if budgeted:
         return list(accumulate(b + c for b, c in zip(blocks, classifiers)))
     return [b + c for b, c in zip(accumulate(blocks), classifiers)]
+
+
+# -- the curves of a grid
+
+
+def curves(grid, records, curve):
+    """(dataset, blocks) of each network in a grid of MSDNets -> method -> seed -> curve(record).
+
+    Every network and method of the grid is there, in its order; one without records has no seeds.
+    """
+    found = {}
+    for run in grid:
+        seeds = found.setdefault((run.dataset, run.n_heads), {}).setdefault(run.method, {})
+        if run in records:
+            seeds[run.seed] = curve(records[run])
+    return found
 
 
 # -- anytime prediction
@@ -244,6 +261,17 @@ def _parts(model):
     if not isinstance(network, MSDNet):
         raise UserError(f"early exit needs an MSDNet, not {type(network).__name__}")
     return nn.Sequential(*before), network
+
+
+@contextmanager
+def one_thread():
+    """Measure on one CPU thread, as the times of the figures are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def milliseconds(model, images, batch_size, repeats=3):

@@ -31,9 +31,9 @@ QUICK_LONGER = dict(epochs=6, warmup=1.0, gamma=0.75)
 """What Tables 2 and 3 need in quick, for larger images and AutoAugment's, where Table 1 learns in less."""
 
 QUICK_TABLE3 = {
-    "vgg19": dict(epochs=8),
+    "vgg19": dict(epochs=7, warmup=0.5, lr=0.05),
     "resnet34": dict(epochs=4, warmup=0.25, gamma=0.8),
-    "wrn16_10": dict(width=0.0625, lr=0.2, gamma=0.85),
+    "wrn16_10": dict(epochs=7, width=0.0625, lr=0.2, gamma=0.85),
     "densenet121": dict(width=0.0625, lr=0.2, gamma=0.85),
 }
 """What these networks need in quick to learn from AutoAugment's images."""
@@ -79,7 +79,7 @@ def cifar_run(profile, nets, **changes):
 
 
 NOISE = {
-    "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2, hessian_images=30),
+    "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2, hessian_images=16),
     "small": dict(noise_images=1000, noise_sigmas=5, noise_draws=3),
     "short": dict(noise_images=10000),
     "paper": dict(noise_images=10000, hessian_images=500),
@@ -281,6 +281,16 @@ def not_run(grid, records):
                 how += " copy, see `data/README.md`"
         lines.append(f"**Not run:** {missing} of {len(runs)} runs on {data.dataset(name).title}; {how}.\n")
     return "\n".join(lines)
+
+
+def training_images(run):
+    """How many images a run is trained on, in words."""
+    return f"{run.train_size:,}" if run.train_size else f"all but {run.holdout:,}" if run.holdout else "all"
+
+
+def schedule(run):
+    """What a figure is labelled with beside its `title`: epochs, training images, width."""
+    return f"{run.epochs} epochs of {training_images(run)} training images, width {run.width:g}"
 
 
 def title(profile, dataset):

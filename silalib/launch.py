@@ -259,6 +259,12 @@ def interruptible():
 def cost(run):
     """Relative cost of a run: multiply-accumulates of its training and of the test set after each epoch."""
     spec = data.dataset(run.dataset)
+    alone = [runs.Run(run.dataset, net, "ind", width=run.width, stem=run.stem, blocks=run.blocks) for net in run.nets]
+    return run.epochs * sum(map(forward_macs, alone)) * (3 * (run.train_size or spec.train) + spec.test)
+
+
+@cache
+def forward_macs(run):
+    """Multiply-accumulates for one image of a run's first network; runs share theirs, which takes a while to build."""
     with torch.device("meta"):
-        macs = sum(count_macs(run.network(slot), spec.image) for slot in range(len(run.nets)))
-    return run.epochs * macs * (3 * (run.train_size or spec.train) + spec.test)
+        return count_macs(run.network(0), data.dataset(run.dataset).image)

@@ -107,11 +107,20 @@ METHODS = {
 }
 """Method name -> loss(logits, target, betas=None, reduction="mean")."""
 
-LABELS = {"ind": "IND", "sila": "SiLa", "dml": "DML", "sila+dml": "SiLa+DML", "zero-peer": "zero peer"}
+LABELS = {
+    "ind": "IND",
+    "sila": "SiLa",
+    "dml": "DML",
+    "sila+dml": "SiLa+DML",
+    "zero-peer": "zero peer",
+}
 """Method name -> how it is called in tables and figures: the paper's methods as the paper spells them, then ours."""
 
 PAPER_METHODS = ("ind", "sila", "dml", "sila+dml")
 """The rows of Tables 1 to 3, in the paper's order."""
+
+COUPLED_BY_S = ("ind", "sila", "zero-peer")
+"""Methods in which a peer enters the gradient through its log-partition s at most; any other may need its logits."""
 
 
 class SiameseLabelsLoss(torch.nn.Module):

@@ -22,8 +22,16 @@ def wrong_logsumexp(logits, target):
 
 def summary(logits, target):
     """NLL in nats, top-1, top-2 and top-5 accuracy in percent, as floats."""
-    top = {f"top{k}": 100 * in_top_k(logits, target, k).double().mean().item() for k in (1, 2, 5)}
-    return {"nll": cross_entropy(logits, target).double().mean().item(), **top}
+    return summaries([logits], target)[0]
+
+
+def summaries(heads, target):
+    """The `summary` of each head's logits (n, N), brought from their device at once."""
+    names, values = ("nll", "top1", "top2", "top5"), []
+    for z in heads:
+        top = [100 * in_top_k(z, target, k).double().mean() for k in (1, 2, 5)]
+        values.append(torch.stack([cross_entropy(z, target).double().mean(), *top]))
+    return [dict(zip(names, row)) for row in torch.stack(values).tolist()]
 
 
 def reliability(confidence, correct, bins=15, mass=False):

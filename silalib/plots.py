@@ -3,6 +3,7 @@
 import io
 import re
 from importlib.resources import files
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +14,19 @@ from .losses import LABELS
 from .paths import results_folder
 from .runs import to_json, write_atomically
 
-COLOURS = dict(zip(LABELS, ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7")))
+COLOURS = dict(zip(LABELS, cycle(("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))))
 """Method -> colour, distinguishable without red-green vision."""
 
 
 def use_style():
     plt.style.use(str(files("silalib") / "silalib.mplstyle"))
+
+
+def legend_below(fig, axes, ncols=2):
+    """One legend below all panels, with each label once; none where nothing is drawn."""
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    if handles:
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
 
 
 def gains(rows, methods, title):

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from .data import dataset
-from .losses import LABELS, PAPER_METHODS
+from .experiments import training_images
+from .losses import LABELS
 from .models import MODELS, NAMES, count_macs, count_parameters
 from .runs import failure
 
@@ -123,6 +124,33 @@ def networks():
     return pd.DataFrame(rows)
 
 
+def exit_networks(grid, records, learned=0.0):
+    """A table to look at of the MSDNets of a grid: what each is trained on, its size, its records, its last exit.
+
+    learned: a network whose last exit of IND stays under this top-1 is marked 'did not learn'.
+    """
+    rows = []
+    for dataset_name, blocks in dict.fromkeys((run.dataset, run.n_heads) for run in grid):
+        runs = [run for run in grid if (run.dataset, run.n_heads) == (dataset_name, blocks)]
+        done = [records[run] for run in runs if run in records]
+        last = [record.heads[-1]["top1"] for record in done if record.run.method == "ind"]
+        weak = " (did not learn)" if last and np.mean(last) < learned else ""
+        rows.append(
+            {
+                "data": dataset(dataset_name).title,
+                "blocks": blocks,
+                "parameters, both methods": " and ".join(f"{n:,}" for n in {r.heads[0]["parameters"] for r in done}),
+                "training images": training_images(runs[0]),
+                "held out": runs[0].holdout,
+                "epochs": runs[0].epochs,
+                "width": f"{runs[0].width:g}",
+                "runs with a record": f"{len(done)} of {len(runs)}",
+                "last exit of IND, top-1 (%)": plus_minus(*interval(last)) + weak if last else "not run",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def cells(grid, records, metrics, table=None):
     """`measured` with gains, and the paper's numbers beside: a row per network row, metric and seed of a table.
 
@@ -147,7 +175,7 @@ def cells(grid, records, metrics, table=None):
 
 def _with_gains(frame):
     keys = ["dataset", "pair", "method", "net", "metric", "seed"]
-    found = [gains(frame, method, "ind")[[*keys, "gain"]] for method in PAPER_METHODS[1:]]
+    found = [gains(frame, method, "ind")[[*keys, "gain"]] for method in LABELS if method != "ind"]
     return frame.merge(pd.concat(found).drop_duplicates(keys), "left", keys)
 
 
@@ -273,6 +301,15 @@ def told_apart(mean, half, baseline):
     if abs(mean) <= half:
         return f"not told apart from {baseline}"
     return f"{'above' if mean > 0 else 'below'} {baseline} by its interval over seeds"
+
+
+def stand_in(profile):
+    """What stands below a verdict in the quick profile; "" in any other."""
+    if profile != "quick":
+        return ""
+    return (
+        "\nThese are stand-in data and tiny networks: they show that every part works and judge nothing in the paper."
+    )
 
 
 def won_of(won, total, missing):

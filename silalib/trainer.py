@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,16 +25,18 @@ from . import data, early_exit, metrics, robustness
 from .augment import Normalise, epoch_plan
 from .autoaugment import autoaugment
 from .errors import Damaged, Stopped, UserError
-from .losses import METHODS
+from .losses import COUPLED_BY_S, METHODS
 from .models import EXITS, count_parameters
 from .parallel import DATA, Ranks
 from .paths import ROOT
 from .randomness import derive
 from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_record
+from .speed import Ahead, Captured, fast, own_stream, precision
 from .stream import TrainingBatches, in_batches
 
-EVAL_BATCH = 500
-EVAL_PIXELS = EVAL_BATCH * 64 * 64
+EVAL_BATCH = {"cpu": 125, "cuda": 500}
+"""Images evaluated at once: more leave the caches of a CPU, fewer do not fill a GPU."""
+EVAL_PIXELS = 500 * 64 * 64
 """Evaluation batches of larger images have fewer: 64 channels of a 3x3-stem network are then 0.5 GB in float32."""
 CHECKPOINT_SECONDS = 60
 SAVING_SHARE = 0.05
@@ -68,23 +71,10 @@ def build(run, slot):
         return run.network(slot)
 
 
-def precision(net, width, device):
-    """Of one network: torch.bfloat16 where the device has units for it and it pays, else torch.float32.
-
-    On a CPU it pays for wide networks without depthwise convolutions.
-    """
-    if device.type == "cuda":
-        units = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    pays = device.type == "cuda" or (net.startswith(("resnet", "vgg", "msdnet")) and width >= 0.25)
-    return torch.bfloat16 if units and pays else torch.float32
-
-
-def evaluation_batch(run, shape):
-    """Images (n, H, W, C) of `shape` that are evaluated at once: 500, or fewer large ones, but never below a training
-    batch, which takes more memory."""
-    return min(EVAL_BATCH, max(run.batch_size, EVAL_PIXELS // (shape[1] * shape[2])))
+def evaluation_batch(run, shape, device):
+    """Images (n, H, W, C) of `shape` that are evaluated at once: fewer large ones, but never below a training batch,
+    which takes more memory."""
+    return min(EVAL_BATCH[device.type], max(run.batch_size, EVAL_PIXELS // (shape[1] * shape[2])))
 
 
 def pick_device(name):
@@ -112,41 +102,54 @@ def train(run, folder, device="auto", stop=lambda: None, progress=lambda **messa
     not finite.
     """
     device = pick_device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    gpu = device.type == "cuda"
+    with (
+        torch.random.fork_rng(devices=[device] if gpu else []),
+        torch.backends.cudnn.flags(enabled=True, benchmark=gpu),
+        own_stream(device),
+    ):
         return Training(run, folder, device, stop, progress, hurry, ranks).finish()
 
 
 class Training:
     """The state of one run in progress, or of the part of it that this process has; networks are kept by slot."""
 
-    def __init__(self, run, folder, device, stop, progress, hurry, ranks=None):
-        self.run, self.folder, self.device = run, Path(folder), device
+    def __init__(self, run, folder, device, stop, progress, hurry, ranks=None, speed=None):
+        self.run, self.folder, self.device, self.speed = run, Path(folder), device, speed or fast(device)
         self.stop, self.progress, self.hurry, self.ranks = stop, progress, hurry, ranks or Ranks()
         self.splits, self.data_checksum = data.splits(run, device)
         self.target = self.splits["train"].labels
         self.batches = TrainingBatches(self.splits["train"].images, run.augment)
-        self.eval_batch = evaluation_batch(run, self.splits["test"].images.shape)
+        self.eval_batch = evaluation_batch(run, self.splits["test"].images.shape, device)
         self.normalise = Normalise(*data.normalisation(self.splits["train"])).to(device)
         slots = self.ranks.slots(run)
-        nets = {slot: build(run, slot).to(device, memory_format=torch.channels_last) for slot in slots}
+        layout = torch.channels_last if self.speed.channels_last else torch.contiguous_format
+        nets = {slot: build(run, slot).to(device, memory_format=layout) for slot in slots}
         self.nets = self.ranks.whole_batch(nets)
+        if self.speed.compiled:
+            for net in self.nets.values():
+                net.compile()
         self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
-        self.dtypes = {slot: precision(run.nets[slot], run.width, device) for slot in slots}
+        self.dtypes = [precision(net, device) if self.speed.half else torch.float32 for net in run.nets]
         self.loss = METHODS[run.method]
         self.loss_arguments = {"betas": run.betas} | ({"coupling": run.coupling} if "sila" in run.method else {})
         self.optimizer = torch.optim.SGD(
             [p for net in self.nets.values() for p in net.parameters()],
-            lr=run.lr,
+            lr=run.lr if device.type == "cpu" else torch.tensor(run.lr, device=device),
             momentum=run.momentum,
             nesterov=run.nesterov and run.momentum > 0,
             weight_decay=run.weight_decay,
-            fused=True,
+            fused=self.speed.fused,
         )
         self.steps_per_epoch = len(self.target) // run.batch_size
         if self.steps_per_epoch == 0:
             raise UserError(f"batch size {run.batch_size} is above the {len(self.target)} training images")
         self.total = run.epochs * self.steps_per_epoch
-        self.step, self.rows, self.sums, self.seconds = 0, [], None, 0.0
+        self.step, self.rows, self.seconds = 0, [], 0.0
+        self.sums = torch.zeros(len(self.ranks.heads(run)), len(STATISTICS), dtype=torch.float64, device=device)
+        self.captured_update, self.captured_forward = self.update, self.forward
+        if self.speed.graphs and not self.ranks.layout:  # what processes tell each other cannot be captured
+            self.captured_update, self.captured_forward = Captured(self.update), Captured(self.forward)
         self.saving, self.parts = 0.0, []
         self.resume()
         part = self.here()
@@ -158,7 +161,7 @@ class Training:
 
     def finish(self):
         started = self.saved = self.reported = time.monotonic()
-        first, before = self.step, self.seconds
+        first, before, ahead = self.step, self.seconds, Ahead(self.device)
         while self.step < self.total:
             epoch, i = divmod(self.step, self.steps_per_epoch)
             if i == 0 or self.step == first:
@@ -169,9 +172,10 @@ class Training:
             batch = slice(i * size, (i + 1) * size)
             self.one_step(*(part[batch] for part in plan))
             self.step += 1
+            ahead.step()
             self.seconds = before + time.monotonic() - started
             if i + 1 == self.steps_per_epoch:
-                self.end_of_epoch(epoch, time.monotonic() - epoch_started)
+                self.end_of_epoch(epoch, epoch_started)
                 self.seconds = before + time.monotonic() - started
             self.pause(first, started)
         if self.ranks.sent:
@@ -179,22 +183,31 @@ class Training:
         return self.write()
 
     def one_step(self, index, offset, flip, *choices):
+        """One batch. What depends on the number of the step is set here; `update` is the same work in every step."""
+        for group in self.optimizer.param_groups:
+            lr = learning_rate(self.run, self.step, self.steps_per_epoch)
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self.device.type == "cuda" and any(self.dropout.values()):
+            # one seed a step: a captured graph takes it when it is replayed, and Net1's masks are drawn first
+            part = [self.ranks.rank] if self.ranks.rank else []
+            torch.cuda.manual_seed(derive(self.run.seed, "dropout", self.step, *part))
+        self.captured_update(self.batches.crop_flip(index, offset, flip), self.target[index], *choices)
+
+    def update(self, images, target, *choices):
         """Equation 10 on one batch: forward of every network here, one loss, one backward, one update."""
-        images = self.batches.crop_flip(index, offset, flip)
         if choices:
             images = autoaugment(images, *choices)
-        target = self.target[index]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.run, self.step, self.steps_per_epoch)
         self.optimizer.zero_grad()
         logits = self.forward(images, training=True)
         for z in logits:
             z.retain_grad()
-        logits = self.ranks.all_heads(logits, mutual="dml" in self.run.method)
+        logits = self.ranks.all_heads(logits, mutual=self.run.method not in COUPLED_BY_S)
         self.loss(logits, target, **self.loss_arguments).backward()
         self.optimizer.step()
-        sums = statistics([z.detach() for z in logits], [z.grad for z in logits], target)
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.sums += statistics([z.detach() for z in logits], [z.grad for z in logits], target)
 
     def forward(self, images, training=False, slots=None):
         """float32 logits (B, N) of every head here for uint8 images (B, H, W, C); of the slots asked for, or all."""
@@ -203,7 +216,7 @@ class Training:
         for slot in slots or self.nets:
             net = (self.averaged if training else self.nets)[slot]
             net.train(training)
-            if training and self.dropout[slot]:
+            if training and self.dropout[slot] and self.device.type == "cpu":
                 part = [self.ranks.rank] if self.ranks.layout == DATA else []
                 torch.manual_seed(derive(self.run.seed, "dropout", slot, self.step, *part))
             with torch.autocast(self.device.type, self.dtypes[slot], enabled=self.dtypes[slot] != torch.float32):
@@ -211,16 +224,15 @@ class Training:
             logits += z if isinstance(z, tuple) else [z]
         return [z.float() for z in logits]
 
-    def end_of_epoch(self, epoch, seconds_train):
+    def end_of_epoch(self, epoch, epoch_started):
+        means = self.ranks.mean(self.sums / self.steps_per_epoch).tolist()  # here the host waits for the device
+        self.sums.zero_()
         began = time.monotonic()
-        means = self.ranks.mean(self.sums / self.steps_per_epoch).tolist()
-        self.sums = None
         lr = learning_rate(self.run, self.step - 1, self.steps_per_epoch)
-        test = [metrics.summary(z, self.splits["test"].labels) for z in self.predict(self.splits["test"].images)]
-        norms = [
-            sum(p.detach().float().square().sum() for p in net.parameters()).sqrt().item() for net in self.nets.values()
-        ]
-        seconds_test = time.monotonic() - began
+        test = metrics.summaries(self.predict(self.splits["test"].images), self.splits["test"].labels)
+        norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
+        norms = torch.stack(norms).tolist()
+        seconds_train, seconds_test = began - epoch_started, time.monotonic() - began
         rows = [
             {"epoch": epoch + 1, "head": head, "lr": lr}
             | dict(zip(STATISTICS, values))
@@ -238,8 +250,9 @@ class Training:
     @torch.no_grad()
     def predict(self, images, slots=None):
         """float32 logits (n, N) of every head here, in evaluation mode."""
+        forward = partial(self.forward, slots=slots) if slots else self.captured_forward
         own = self.ranks.own_range(len(images))
-        batches = [self.forward(batch, slots=slots) for batch in in_batches(images, self.eval_batch, *own)]
+        batches = [forward(batch) for batch in in_batches(images, self.eval_batch, *own)]
         return [self.ranks.all_images(torch.cat(head), len(images)) for head in zip(*batches)]
 
     # -- interruption
@@ -279,7 +292,7 @@ class Training:
             "parts": self.parts,
             "step": self.step,
             "rows": self.rows,
-            "sums": None if self.sums is None else self.ranks.mean(self.sums.clone()),
+            "sums": self.ranks.mean(self.sums.clone()),
             "seconds": self.seconds,
             "nets": [net.state_dict() for net in self.nets.values()],
             "optimizer": self.optimizer.state_dict(),
@@ -325,10 +338,13 @@ class Training:
         try:
             for net, weights in zip(self.nets.values(), state["nets"]):
                 net.load_state_dict(weights)
-            self.optimizer.load_state_dict(state["optimizer"])
+            own = self.optimizer.state_dict()["param_groups"]  # whose learning rate is of this device's kind
+            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": own})
         except (RuntimeError, ValueError, KeyError):
             raise UserError(f"{path} is of another version of its networks: delete it to start anew") from None
-        self.step, self.rows, self.sums, self.seconds = (state[k] for k in ("step", "rows", "sums", "seconds"))
+        self.step, self.rows, self.seconds = (state[k] for k in ("step", "rows", "seconds"))
+        if state["sums"] is not None:  # as older versions wrote it between two epochs
+            self.sums = state["sums"]
         self.parts = state["parts"]
         self.report(resumed=True)
 
@@ -346,7 +362,7 @@ class Training:
         costs = [macs for net in self.nets.values() for macs in early_exit.exit_costs(net, image)]
         heads, arrays = [], {"labels": test.labels.cpu().short().numpy()}
         for head, z, at_end, macs in zip(self.ranks.heads(run), logits, clean, costs):
-            slot = min(head, len(run.nets) - 1)
+            slot = run.slot(head)
             rows = [row for row in self.rows if row["head"] == head]
             best = max(rows, key=lambda row: row["test_top1"])
             heads.append(
@@ -463,7 +479,6 @@ class Training:
     def here(self):
         """What this process trains with: a run that goes on elsewhere has several `parts`."""
         gpu = self.device.type == "cuda"
-        dtypes = [precision(net, self.run.width, self.device) for net in self.run.nets]
         return {
             "silalib": code_version(),
             "python": platform.python_version(),
@@ -472,7 +487,7 @@ class Training:
             "threads": torch.get_num_threads(),
             "processes": self.ranks.size,
             "layout": self.ranks.layout,
-            "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+            "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.dtypes)),
         }
 
     def provenance(self, seconds_final):
@@ -519,28 +534,26 @@ def statistics(logits, gradients, target):
     NLL and top-1 of the head alone; z_y, alpha (equation 4), s and mean |s_c - s_k| to the peers (NaN without one);
     |dL_cross/dz_y| = 1 - p_y of equation 5; and |dL/dz_y| of the loss that is really trained, per sample.
     """
-    s = torch.stack([z.logsumexp(1) for z in logits])
-    peers = len(logits) - 1
-    rows = []
-    for c, (z, gradient) in enumerate(zip(logits, gradients)):
-        if gradient is None:
-            continue
-        z_y = z.gather(1, target[:, None])[:, 0]
-        nll = s[c] - z_y
-        gap = (s - s[c]).abs().sum(0) / peers if peers else torch.full_like(nll, torch.nan)
-        rows.append(
-            [
-                nll,
-                100 * metrics.in_top_k(z, target, 1),
-                z_y,
-                metrics.wrong_logsumexp(z, target),
-                s[c],
-                gap,
-                -torch.expm1(-nll),
-                gradient.gather(1, target[:, None])[:, 0].abs() * len(target),
-            ]
-        )
-    return torch.stack([torch.stack([v.double().mean() for v in row]) for row in rows])
+    batch = len(target)
+    s = torch.cat(logits).logsumexp(1).view(-1, batch)  # all heads at once: few operations, whatever their number
+    own = [c for c, gradient in enumerate(gradients) if gradient is not None]
+    z, gradient = (torch.cat([values[c] for c in own]) for values in (logits, gradients))
+    target = target.repeat(len(own))
+    z_y = z.gather(1, target[:, None])[:, 0]
+    s_own = torch.stack([s[c] for c in own])
+    gap = (s - s_own[:, None]).abs().sum(1) / (len(s) - 1)  # 0/0 without a peer
+    nll = s_own.flatten() - z_y
+    rows = [
+        nll,
+        100 * metrics.in_top_k(z, target, 1),
+        z_y,
+        metrics.wrong_logsumexp(z, target),
+        s_own,
+        gap,
+        -torch.expm1(-nll),
+        gradient.gather(1, target[:, None])[:, 0].abs() * batch,
+    ]
+    return torch.stack([row.view(len(own), batch).double().mean(1) for row in rows], 1)
 
 
 def per_image(logits, target, network):

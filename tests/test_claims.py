@@ -381,3 +381,15 @@ def test_score_in_a_line():
     run = cifar_run("quick", ("resnet18",))
     stand_in = claims.Judged(1, "", (Effect("", "", 2.0, 1.0, seeds=3, won=1, total=1, runs=(run,)),))
     assert score([stand_in]) == "claims: 1 not run (stand-in data judge nothing)"
+
+
+def test_in_words():
+    good = Effect("top-1", "points", 2.0, 0.5, seeds=3, won=4, total=4)
+    claim = claims.Judged(1, "It helps", (good, Effect("NLL", "nats")))
+    assert claims.in_words(claim) == (
+        "- top-1: +2.00 ± 0.50 points. Reproduced.\n- NLL: no record. Not run.\n\n**It helps: inconclusive**."
+    )
+    stand_in = claims.Judged(
+        1, "It helps", (replace(good, runs=(Run(dataset="digits"), Run(dataset="digits", seed=1))),)
+    )
+    assert claims.in_words(stand_in).endswith("**It helps: not run** (stand-in data judge nothing in the paper).")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from silalib import early_exit, trainer
+from silalib import early_exit, experiments, trainer
 from silalib.early_exit import EarlyExit, UpTo, evaluate, exit_costs, fractions, fractions_for, leaves_at, thresholds
 from silalib.errors import UserError
 from silalib.models import EXITS, MODELS, count_macs
@@ -383,3 +383,29 @@ def test_gains_at_equal_costs_by_hand():
     apart = pd.DataFrame({"macs": [200, 300], "top1": [1, 2]})
     assert early_exit.gains_at_equal_costs([curve], [apart], 3).shape == (0, 3)
     assert early_exit.gains_at_equal_costs([], [], 3).shape == (0, 3)
+
+
+# -- the curves of a grid
+
+
+def test_curves_of_a_grid_have_every_network_and_method():
+    grid = experiments.fig5("small", (0, 1))
+    whole = ("cifar100", 7)
+    records = {
+        run: f"{run.method} {run.seed}" for run in grid if run.n_heads == 7 and (run.method, run.seed) != ("sila", 0)
+    }
+    found = early_exit.curves(grid, records, str.upper)
+    assert list(found) == [whole, ("cifar100", 4)]
+    assert found[whole] == {"ind": {0: "IND 0", 1: "IND 1"}, "sila": {1: "SILA 1"}}
+    assert found["cifar100", 4] == {"ind": {}, "sila": {}}
+
+
+def test_one_thread_gives_the_threads_back():
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), early_exit.one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from silalib.experiments import (
     fig5,
     fig6,
     fig7,
+    schedule,
     table1,
     table2,
     table3,
@@ -191,3 +192,9 @@ def test_seeds_and_profiles(name):
 
 def test_no_run_of_quick_needs_a_network():
     assert {run.dataset for exhibit in EXHIBITS.values() for run in exhibit.grid("quick")} == {"digits", "digits64"}
+
+
+def test_a_schedule_says_what_is_trained_on():
+    assert schedule(fig5("small")[0]) == "8 epochs of 10,000 training images, width 1"
+    assert schedule(fig4("paper")[0]) == "300 epochs of all but 5,000 training images, width 1"
+    assert schedule(fig5("paper")[0]) == "300 epochs of all training images, width 1"

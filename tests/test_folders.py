@@ -698,12 +698,17 @@ def test_what_stays_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "size, batch, expected",
-    [(28, 64, 500), (32, 128, 500), (64, 32, 500), (128, 32, 125), (224, 128, 128), (224, 8, 40), (224, 600, 500)],
-)
-def test_the_evaluation_batch_shrinks_with_large_images(size, batch, expected, tiny):
-    """At 64x64 pixels 500 images, above as many pixels; never below a training batch."""
-    assert trainer.evaluation_batch(tiny(batch_size=batch, train_size=None), (9, size, size, 3)) == expected
+    "size, batch, on_cpu, on_gpu",
+    [
+        (28, 64, 125, 500), (32, 128, 125, 500), (64, 32, 125, 500), (128, 32, 125, 125), (224, 100, 100, 100),
+        (224, 8, 40, 40), (224, 600, 125, 500),
+    ],
+)  # fmt: skip
+def test_the_evaluation_batch_shrinks_with_large_images(size, batch, on_cpu, on_gpu, tiny):
+    """On a GPU 500 images of 64x64 pixels, above as many pixels; never below a training batch, but for the most."""
+    run, shape = tiny(batch_size=batch, train_size=None), (9, size, size, 3)
+    assert trainer.evaluation_batch(run, shape, CPU) == on_cpu
+    assert trainer.evaluation_batch(run, shape, torch.device("cuda")) == on_gpu
 
 
 @pytest.mark.parametrize("limit", [1, 5000, 1 << 26])

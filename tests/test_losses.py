@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import silalib
 from silalib.losses import (
+    COUPLED_BY_S,
     LABELS,
     METHODS,
     PAPER_METHODS,
@@ -279,8 +280,8 @@ def test_agreeing_heads_have_no_mutual_loss():
 
 
 def test_methods():
-    assert list(METHODS) == list(LABELS) == [*PAPER_METHODS, "zero-peer"]
-    assert PAPER_METHODS == ("ind", "sila", "dml", "sila+dml")
+    assert list(METHODS) == list(LABELS)
+    assert PAPER_METHODS == ("ind", "sila", "dml", "sila+dml") == tuple(METHODS)[:4]
     logits, betas = heads(3), (0.5, 2.0, 1.0)
     alone = sum(b * F.cross_entropy(z, TARGET) for b, z in zip(betas, logits))
     sila = naive_siamese(logits, TARGET, betas).mean()
@@ -313,7 +314,7 @@ def per_head_losses(method, logits, target):
         yield loss
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*PAPER_METHODS, "zero-peer"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_one_backward_of_the_sum_is_one_backward_per_head(method, count):
     torch.manual_seed(0)
@@ -329,10 +330,18 @@ def test_one_backward_of_the_sum_is_one_backward_per_head(method, count):
     torch.testing.assert_close(together, [p.grad for p in parameters], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("method", [*COUPLED_BY_S, "dml", "sila+dml"])
+def test_where_the_peers_s_is_enough_its_logits_do_not_matter(method):
+    own, peer = heads(2)
+    even = (peer.detach().logsumexp(1) - math.log(N))[:, None].expand(-1, N)  # other logits with the same s
+    found = [gradients(METHODS[method]([own, other], TARGET), [own])[0] for other in (peer.detach(), even)]
+    assert torch.allclose(*found, rtol=1e-10, atol=1e-14) == (method in COUPLED_BY_S)
+
+
 # -- numbers and types
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*PAPER_METHODS, "zero-peer"])
 def test_extreme_logits_stay_finite(method):
     g = torch.Generator().manual_seed(0)
     logits = [(1e4 * torch.randint(-1, 2, (B, N), generator=g)).float().requires_grad_() for _ in range(2)]

@@ -1,5 +1,7 @@
 """MSDNet: sizes and costs as published, its structure, its exits."""
 
+from collections import Counter
+from copy import deepcopy
 from itertools import accumulate
 
 import pytest
@@ -8,7 +10,7 @@ from torch import nn
 
 from silalib.losses import METHODS
 from silalib.models import MODELS, count_parameters, macs_by_layer
-from silalib.models.msdnet import BLOCKS
+from silalib.models.msdnet import LAYERS_OF_BLOCKS
 
 
 def on_meta(name, classes=100, **arguments):
@@ -52,14 +54,14 @@ def test_cost_of_every_block_and_classifier(name):
     assert [round(part(f"classifiers.{k}.") / 1e6, 3) for k in range(len(classifiers))] == classifiers
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", LAYERS_OF_BLOCKS)
 def test_scales(name):
     """Every scale has half the size of the finer one; the finest is dropped every ceil(L / S) layers of all L."""
-    network, layers = on_meta(name), sum(BLOCKS[name])
+    network, layers = on_meta(name), sum(LAYERS_OF_BLOCKS[name])
     sizes = [56, 28, 14, 7] if name == "msdnet_imagenet" else [32, 16, 8]
     every = -(-layers // len(sizes))
     x, done = torch.empty(1, 3, size_of(name), size_of(name), device="meta"), 0
-    for block, count in zip(network.blocks, BLOCKS[name]):
+    for block, count in zip(network.blocks, LAYERS_OF_BLOCKS[name]):
         x, done = block(x), done + count
         assert [f.shape[-1] for f in x] == sizes[(done - 1) // every :]
         assert [f.shape[1] / x[-1].shape[1] for f in x][-3:] == ([0.5, 1, 1] if len(sizes) == 4 else [0.25, 0.5, 1])[
@@ -94,22 +96,22 @@ def test_first_weights_are_normal_with_variance_two_over_the_filters():
     assert [m.kernel_size for m in biased] == [(7, 7)]
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", LAYERS_OF_BLOCKS)
 @pytest.mark.parametrize("width", [0.001, 0.25, 0.6])
 def test_any_width(name, width):
     network = on_meta(name, 10, in_channels=1, width=width)
     exits = network(torch.empty(2, 1, size_of(name), size_of(name), device="meta"))
-    assert isinstance(exits, tuple) and [z.shape for z in exits] == [(2, 10)] * len(BLOCKS[name])
+    assert isinstance(exits, tuple) and [z.shape for z in exits] == [(2, 10)] * len(LAYERS_OF_BLOCKS[name])
     assert count_parameters(network) < count_parameters(on_meta(name, 10, in_channels=1))
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", LAYERS_OF_BLOCKS)
 def test_fewer_blocks(name):
-    for blocks in (1, 3, len(BLOCKS[name])):
+    for blocks in (1, 3, len(LAYERS_OF_BLOCKS[name])):
         network = on_meta(name, 10, blocks=blocks)
         assert len(network(torch.empty(2, 3, size_of(name), size_of(name), device="meta"))) == blocks
-    for blocks in (0, len(BLOCKS[name]) + 1):
-        with pytest.raises(ValueError, match=f"has 1 to {len(BLOCKS[name])} blocks, not {blocks}"):
+    for blocks in (0, len(LAYERS_OF_BLOCKS[name]) + 1):
+        with pytest.raises(ValueError, match=f"has 1 to {len(LAYERS_OF_BLOCKS[name])} blocks, not {blocks}"):
             MODELS[name](10, blocks=blocks)
 
 
@@ -152,3 +154,30 @@ def test_an_exit_depends_on_its_own_blocks_alone():
     with torch.no_grad():
         for a, b in zip(network(x), network(x[1:2])):  # nor on the other images of the batch
             torch.testing.assert_close(a[1:2], b, rtol=1e-4, atol=1e-6)
+
+
+class OneByOne(nn.BatchNorm2d):
+    """As data-parallel training has it: another kind of BatchNorm2d, which must not be passed over."""
+
+
+@pytest.mark.parametrize("name", ["msdnet_anytime", "msdnet_budgeted"])
+def test_bottlenecks_computed_as_one_are_those_computed_one_by_one(name):
+    """Two steps in float64: logits, gradients, running statistics; and each layer is called where it is not as one."""
+    torch.manual_seed(0)
+    together = MODELS[name](10, width=0.25, blocks=3).double().train()
+    alone = deepcopy(together)
+    norms = [m for m in alone.modules() if isinstance(m, nn.BatchNorm2d)]
+    called = Counter()
+    for norm in norms:
+        norm.__class__ = OneByOne
+        norm.register_forward_hook(lambda norm, *_: called.update([norm]))
+    for _ in range(2):
+        images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+        for expected, logits in zip(alone(images), together(images), strict=True):
+            torch.testing.assert_close(logits, expected)
+            for z in (expected, logits):
+                z.square().sum().backward(retain_graph=True)
+    assert called == Counter(2 * norms)
+    torch.testing.assert_close(dict(together.state_dict()), dict(alone.state_dict()))
+    for (name, own), other in zip(together.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from silalib import summary
-from silalib.experiments import table1, table3
+from silalib.experiments import PROFILES, fig5, table1, table3
 
 
 def made_up(grid, value):
@@ -217,3 +217,36 @@ def test_comparison_says_what_was_not_run_and_what_did_not_learn():
 def test_plus_minus(mean, half, text):
     assert summary.plus_minus(mean, half) == text
     assert summary.plus_minus(mean, half, signed=True) == (f"+{text}" if text else "")
+
+
+def test_the_msdnets_of_a_grid():
+    grid = fig5("small", (0, 1))
+    whole = [run for run in grid if run.blocks is None and run.method == "ind"]
+    one = lambda top1: SimpleNamespace(run=whole[0], heads=[{"parameters": 3067960, "top1": 1.0}, {"top1": top1}])
+    records = dict(zip(whole, (one(70.0), one(74.0))))
+    rows = summary.exit_networks(grid, records, learned=80)
+    assert rows["blocks"].tolist() == [7, 4]
+    assert rows["parameters, both methods"].tolist() == ["3,067,960", ""]
+    assert rows["training images"].tolist() == ["10,000", "10,000"]
+    assert rows["runs with a record"].tolist() == ["2 of 4", "0 of 4"]
+    # t(0.975, 1) = 12.7062 times the deviation sqrt(8), over sqrt(2)
+    assert rows["last exit of IND, top-1 (%)"].tolist() == ["72.00 ± 25.41 (did not learn)", "not run"]
+
+
+def test_only_quick_is_said_to_be_a_stand_in():
+    assert "stand-in" in summary.stand_in("quick")
+    assert [summary.stand_in(profile) for profile in PROFILES[1:]] == ["", "", ""]
+
+
+def test_a_legend_has_each_label_once():
+    from silalib import plots
+
+    fig, axes = plots.plt.subplots(1, 3)
+    plots.legend_below(fig, axes)
+    assert not fig.legends
+    for ax, labels in zip(axes, ("ab", "bc", "")):
+        for label in labels:
+            ax.plot([0, 1], label=label)
+    plots.legend_below(fig, axes)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a", "b", "c"]
+    plots.plt.close(fig)

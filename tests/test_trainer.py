@@ -24,6 +24,14 @@ from silalib.trainer import STATISTICS, build, learning_rate, pick_device, preci
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def in_float32():
+    """What is compared to the last digits is not rounded to bfloat16, also where the processor has units for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "precision", lambda *_: torch.float32)
+        yield
+
+
 # -- the learning rate
 
 
@@ -571,10 +579,12 @@ def test_pick_device():
             pick_device(name)
 
 
-def test_narrow_and_depthwise_networks_run_in_float32_on_a_cpu():
-    assert precision("resnet18", 0.125, CPU) == torch.float32
-    assert precision("mobilenet", 1.0, CPU) == torch.float32
-    assert precision("resnet18", 1.0, CPU) in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("units", [False, True])
+def test_networks_run_in_bfloat16_on_a_cpu_that_has_units_for_it_unless_depthwise(units, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: units)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: units)
+    assert precision("resnet18", CPU) == (torch.bfloat16 if units else torch.float32)
+    assert precision("mobilenet", CPU) == precision("convnet12", CPU) == torch.float32
 
 
 def test_precision_is_decided_for_each_network(tiny, tmp_path, monkeypatch):

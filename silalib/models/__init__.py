@@ -12,7 +12,7 @@ from torch import nn
 from .convnet import convnet12
 from .densenet import densenet121
 from .mobilenet import mobilenet
-from .msdnet import BLOCKS, msdnet_anytime, msdnet_budgeted, msdnet_imagenet
+from .msdnet import LAYERS_OF_BLOCKS, msdnet_anytime, msdnet_budgeted, msdnet_imagenet
 from .resnet import resnet18, resnet34
 from .vgg import vgg13, vgg19
 from .wrn import wrn16_10
@@ -53,7 +53,7 @@ STEMS = {
 }
 """Network -> the stems it has, where that is not "cifar" alone."""
 
-EXITS = {name: len(layers) for name, layers in BLOCKS.items()}
+EXITS = {name: len(layers) for name, layers in LAYERS_OF_BLOCKS.items()}
 """Network -> the number of its exits, where it has more than one; it gives a tuple of logits then."""
 
 SMALLEST_IMAGE = {"vgg13": 32, "vgg19": 32}

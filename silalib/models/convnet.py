@@ -6,7 +6,7 @@ with BatchNorm and ReLU, a 2x2 max-pool after the first three groups.
 
 from torch import nn
 
-from .layers import ClassLayer, check_stem
+from .layers import ClassLayer, check_stem, conv_bn_relu
 
 
 class ConvNet12(nn.Module):
@@ -20,7 +20,7 @@ class ConvNet12(nn.Module):
             if group:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(n):
-                layers += [nn.Conv2d(inputs, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+                layers += conv_bn_relu(inputs, channels, 3)
                 inputs = channels
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten())
         self.feature = nn.Linear(9 * channels, 2)

@@ -7,7 +7,8 @@ from torch import nn
 
 from .layers import ClassLayer, check_stem
 
-BLOCKS = (6, 12, 24, 16)
+DENSE_LAYERS = (6, 12, 24, 16)
+"""Of each block."""
 GROWTH = 32
 
 
@@ -18,10 +19,10 @@ class DenseLayer(nn.Sequential):
         super().__init__(
             OrderedDict(
                 norm1=nn.BatchNorm2d(inputs),
-                relu1=nn.ReLU(),
+                relu1=nn.ReLU(inplace=True),
                 conv1=nn.Conv2d(inputs, 4 * growth, 1, bias=False),
                 norm2=nn.BatchNorm2d(4 * growth),
-                relu2=nn.ReLU(),
+                relu2=nn.ReLU(inplace=True),
                 conv2=nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False),
             )
         )
@@ -51,16 +52,16 @@ class DenseNet(nn.Module):
         features = OrderedDict(
             conv0=nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False),
             norm0=nn.BatchNorm2d(channels),
-            relu0=nn.ReLU(),
+            relu0=nn.ReLU(inplace=True),
         )
-        for i, layers in enumerate(BLOCKS, 1):
+        for i, layers in enumerate(DENSE_LAYERS, 1):
             features[f"denseblock{i}"] = DenseBlock(layers, channels, growth)
             channels += layers * growth
-            if i < len(BLOCKS):
+            if i < len(DENSE_LAYERS):
                 features[f"transition{i}"] = nn.Sequential(
                     OrderedDict(
                         norm=nn.BatchNorm2d(channels),
-                        relu=nn.ReLU(),
+                        relu=nn.ReLU(inplace=True),
                         conv=nn.Conv2d(channels, channels // 2, 1, bias=False),
                         pool=nn.AvgPool2d(2),
                     )
@@ -73,7 +74,7 @@ class DenseNet(nn.Module):
                 nn.init.kaiming_normal_(m.weight)
 
     def forward(self, x):
-        return self.classifier(torch.relu(self.features(x)).mean((2, 3)))
+        return self.classifier(self.features(x).relu_().mean((2, 3)))
 
 
 def densenet121(num_classes, in_channels=3, width=1.0, stem="cifar"):

@@ -17,6 +17,12 @@ class ClassLayer(nn.Linear):
             return super().forward(x.to(self.weight.dtype))
 
 
+def conv_bn_relu(inputs, channels, kernel, stride=1, groups=1):
+    """The three layers, as a list."""
+    conv = nn.Conv2d(inputs, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+
+
 def check_stem(stem, known=("cifar",)):
     """`stem`, the name of a network's first layers. Raises ValueError where the network has no such stem."""
     if stem not in known:

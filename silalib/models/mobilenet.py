@@ -2,10 +2,12 @@
 
 from torch import nn
 
-from .layers import ClassLayer, check_stem
+from .layers import ClassLayer, check_stem, conv_bn_relu
 
-# (channels, stride) of the thirteen depthwise-separable blocks
-BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)) + ((512, 1),) * 5 + ((1024, 2), (1024, 1))
+CHANNELS_AND_STRIDES = (
+    ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)) + ((512, 1),) * 5 + ((1024, 2), (1024, 1))
+)
+"""Of the thirteen depthwise-separable blocks."""
 
 
 class MobileNet(nn.Module):
@@ -15,7 +17,7 @@ class MobileNet(nn.Module):
         super().__init__()
         inputs = max(1, round(32 * width))
         layers = conv_bn_relu(in_channels, inputs, 3)
-        for base, stride in BLOCKS:
+        for base, stride in CHANNELS_AND_STRIDES:
             channels = max(1, round(base * width))
             layers += conv_bn_relu(inputs, inputs, 3, stride, groups=inputs)
             layers += conv_bn_relu(inputs, channels, 1)
@@ -25,11 +27,6 @@ class MobileNet(nn.Module):
 
     def forward(self, x):
         return self.fc(self.features(x).mean((2, 3)))
-
-
-def conv_bn_relu(inputs, channels, kernel, stride=1, groups=1):
-    conv = nn.Conv2d(inputs, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
 
 
 def mobilenet(num_classes, in_channels=3, width=1.0, stem="cifar"):

@@ -8,10 +8,10 @@ from itertools import pairwise
 from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .layers import ClassLayer, check_stem
-from .mobilenet import conv_bn_relu
+from .layers import ClassLayer, check_stem, conv_bn_relu
 
 
 class Scales(nn.Module):
@@ -36,6 +36,31 @@ def branch(inputs, channels, factor, stride=1):
     return nn.Sequential(*conv_bn_relu(inputs, inner, 1), *conv_bn_relu(inner, channels, 3, stride))
 
 
+def chain(layers, x):
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def as_one(bottlenecks, x):
+    """What each 1x1 convolution with BatchNorm and ReLU gives for the same x, in training, computed as one: MSDNet is a
+    few hundred small operations, whose number costs more than their size."""
+    convolutions, norms, _ = zip(*bottlenecks)
+    if len(norms) == 1 or type(norms[0]) is not nn.BatchNorm2d:  # data-parallel networks have another kind
+        return [chain(layers, x) for layers in bottlenecks]
+    mean, variance, weight, bias = (
+        torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    x = F.conv2d(x, torch.cat([convolution.weight for convolution in convolutions]))
+    x = F.batch_norm(x, mean, variance, weight, bias, True, norms[0].momentum, norms[0].eps)
+    channels = [norm.num_features for norm in norms]
+    for norm, m, v in zip(norms, mean.split(channels), variance.split(channels)):
+        norm.running_mean.copy_(m)
+        norm.running_var.copy_(v)
+        norm.num_batches_tracked += 1
+    return F.relu(x, inplace=True).split(channels, 1)
+
+
 class Layer(nn.Module):
     """A dense layer: at every scale new channels are concatenated to the old; `drop` removes the finest scale.
 
@@ -53,13 +78,16 @@ class Layer(nn.Module):
                 self.down.append(branch(channels[i - 1], new, factors[i - 1], stride=2))
 
     def forward(self, features):
-        grown = []
-        for i, normal in enumerate(self.normal, self.drop):
-            parts = [features[i], normal(features[i])]
-            if i:
-                parts.append(self.down[i - 1](features[i - 1]))
-            grown.append(torch.cat(parts, 1))
-        return grown
+        new = [[] for _ in features]
+        for i, x in enumerate(features):
+            readers = [(i, list(self.normal[i - self.drop]))] if i >= self.drop else []
+            if i + 1 < len(features):
+                readers.append((i + 1, list(self.down[i])))
+            bottlenecks = [layers[:3] for _, layers in readers]
+            inner = as_one(bottlenecks, x) if self.training else [chain(layers, x) for layers in bottlenecks]
+            for (scale, layers), y in zip(readers, inner):
+                new[scale].insert(0, chain(layers[3:], y))  # a scale's own channels before those of the finer one
+        return [torch.cat([x, *parts], 1) for x, parts in zip(features[self.drop :], new[self.drop :])]
 
 
 class Transition(nn.Module):
@@ -132,7 +160,11 @@ def scaled(number, factors):
     return [number * factor for factor in factors]
 
 
-BLOCKS = {"msdnet_anytime": (4, 2, 2, 2, 2, 2, 2), "msdnet_budgeted": (1, 2, 3, 4, 5), "msdnet_imagenet": (4,) * 5}
+LAYERS_OF_BLOCKS = {
+    "msdnet_anytime": (4, 2, 2, 2, 2, 2, 2),
+    "msdnet_budgeted": (1, 2, 3, 4, 5),
+    "msdnet_imagenet": (4,) * 5,
+}
 """Network -> the dense layers of each block.
 
 A network with fewer blocks has as many layers in each as here, but drops its scales earlier, since there are fewer
@@ -141,9 +173,9 @@ layers in all: it is a network of its own, and its exits cost less than the firs
 
 def layers_of(name, blocks):
     """The dense layers of each block of a network, of the first `blocks` blocks or of all for None."""
-    if blocks is not None and not 1 <= blocks <= len(BLOCKS[name]):
-        raise ValueError(f"{name} has 1 to {len(BLOCKS[name])} blocks, not {blocks}")
-    return BLOCKS[name][:blocks]
+    if blocks is not None and not 1 <= blocks <= len(LAYERS_OF_BLOCKS[name]):
+        raise ValueError(f"{name} has 1 to {len(LAYERS_OF_BLOCKS[name])} blocks, not {blocks}")
+    return LAYERS_OF_BLOCKS[name][:blocks]
 
 
 def small(name, num_classes, in_channels, width, stem, blocks):

@@ -1,6 +1,5 @@
 """ResNet18 and ResNet34 (He et al., 2016), with torchvision's names so that its weights load."""
 
-import torch
 from torch import nn
 
 from . import layers
@@ -20,9 +19,9 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x):
-        out = torch.relu(self.bn1(self.conv1(x)))
+        out = self.bn1(self.conv1(x)).relu_()
         out = self.bn2(self.conv2(out))
-        return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return (out + (x if self.downsample is None else self.downsample(x))).relu_()
 
 
 class ResNet(nn.Module):
@@ -52,7 +51,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x)).relu_())
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
 

@@ -19,7 +19,8 @@ class VGG(nn.Module):
         for base, n in zip((64, 128, 256, 512, 512), CONVOLUTIONS[depth]):
             channels = max(1, round(base * width))
             for _ in range(n):
-                layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+                layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels)]
+                layers.append(nn.ReLU(inplace=True))
                 inputs = channels
             layers.append(nn.MaxPool2d(2))
         units = max(1, round(4096 * width))

@@ -1,6 +1,5 @@
 """WRN-16-10 (Zagoruyko & Komodakis, 2016): a wide residual network with pre-activation, without dropout."""
 
-import torch
 from torch import nn
 
 from .layers import ClassLayer, check_stem
@@ -19,8 +18,8 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(inputs, channels, 1, stride, bias=False) if changes else None
 
     def forward(self, x):
-        active = torch.relu(self.bn1(x))
-        out = self.conv2(torch.relu(self.bn2(self.conv1(active))))
+        active = self.bn1(x).relu_()
+        out = self.conv2(self.bn2(self.conv1(active)).relu_())
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 
@@ -35,7 +34,7 @@ class WideResNet(nn.Module):
             for block in range(blocks):
                 layers.append(Block(inputs, c, 2 if group and not block else 1))
                 inputs = c
-        self.features = nn.Sequential(*layers, nn.BatchNorm2d(inputs), nn.ReLU())
+        self.features = nn.Sequential(*layers, nn.BatchNorm2d(inputs), nn.ReLU(inplace=True))
         self.fc = ClassLayer(inputs, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):

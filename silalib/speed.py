@@ -1,0 +1,116 @@
+"""How a run is computed, apart from what it computes: precision, memory layout, compilation, captured CUDA graphs.
+
+Fast and slow are settings of one trainer: `fast` is what a device does best, `PLAIN` what the fast settings are
+compared with. They change results by rounding alone.
+"""
+
+import sys
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+EAGER_CALLS = 3
+"""Before a function is captured: cuDNN chooses its algorithms, and the optimizer makes its buffers."""
+STEPS_AHEAD = 16
+"""So far the host may run ahead of a GPU: it is never idle, and a stop is heard within these steps."""
+
+
+def precision(net, device):
+    """Of one network: torch.bfloat16 where the device has units for it and it pays, else torch.float32.
+
+    On a CPU it does not pay for depthwise convolutions. DenseNet gains little when it is narrow, and the 12-layer
+    network's two features are drawn: both stay in float32.
+    """
+    if device.type == "cuda":
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    pays = device.type == "cuda" or net.startswith(("resnet", "vgg", "wrn", "msdnet"))
+    return torch.bfloat16 if units and pays else torch.float32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """half: bfloat16 where `precision` says that it pays. graphs: a whole step, and the evaluation of a batch, are
+    captured as one CUDA graph. compiled: torch.compile, of each architecture once, whatever the run and the method."""
+
+    half: bool = True
+    channels_last: bool = True
+    fused: bool = True
+    graphs: bool = False
+    compiled: bool = False
+
+
+PLAIN = Speed(half=False, channels_last=False, fused=False)
+
+
+def fast(device):
+    """The settings of every training on `device`."""
+    return Speed(graphs=device.type == "cuda")
+
+
+def own_stream(device):
+    """A context in which a GPU works on a stream of its own: the default one cannot be captured."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def cuda_graph(function, inputs):
+    """Capture function(*inputs) without running it. Returns (replay, outputs): replay() runs it on what `inputs` then
+    hold, and writes to `outputs`."""
+    graph = torch.cuda.CUDAGraph()
+    # the thread that brings streamed images may go on with its own work meanwhile
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        outputs = function(*inputs)
+    return graph.replay, outputs
+
+
+class Captured:
+    """A function of tensors that is replayed as one graph after its first calls; it gives a list of tensors, or None.
+
+    A graph has fixed shapes: calls with others run the function itself, and so do all where it cannot be captured.
+    What else changes between calls must be in tensors that keep their place, like the weights and the learning rate.
+    """
+
+    def __init__(self, function, capture=cuda_graph):
+        self.function, self.capture = function, capture
+        self.calls, self.inputs, self.replay = 0, None, None
+
+    def __call__(self, *tensors):
+        shapes = [tensor.shape for tensor in tensors]
+        if self.calls == 0:
+            self.shapes = shapes
+        if self.capture is None or shapes != self.shapes:
+            return self.function(*tensors)
+        self.calls += 1
+        if self.calls <= EAGER_CALLS:
+            return self.function(*tensors)
+        if self.replay is None:
+            self.inputs = [tensor.clone() for tensor in tensors]
+            try:
+                self.replay, self.outputs = self.capture(self.function, self.inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                print(f"no CUDA graph, slower without: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+                self.capture = None
+                return self.function(*tensors)
+        for own, tensor in zip(self.inputs, tensors):
+            own.copy_(tensor)
+        self.replay()
+        return self.outputs and [output.clone() for output in self.outputs]
+
+
+class Ahead:
+    """Keeps the host a few steps ahead of a GPU, so that neither waits for the other; nothing on a CPU."""
+
+    def __init__(self, device):
+        self.gpu, self.events = device.type == "cuda", deque()
+
+    def step(self):
+        if self.gpu:
+            self.events.append(torch.cuda.Event(blocking=True))
+            self.events[-1].record()
+            if len(self.events) > STEPS_AHEAD:
+                self.events.popleft().synchronize()
