@@ -103,7 +103,8 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert main(["status", "tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "profile quick; claims: 8 not run"
-    assert lines[2].split() == ["tiny", "-", "-", "-", "2", "-", "-"]
+    # a process that has trained before is quick enough to start a run
+    assert lines[2].split() in (["tiny", *"---2--"], ["tiny", *"--11--"])
     assert main(arguments) == 0
     assert main(["status", "tiny"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["tiny", "2", "-", "-", "-", "-", "-"]
