@@ -52,30 +52,42 @@ def parser():
         return sub
 
     def with_grid(sub):
-        sub.add_argument("--profile", default="quick", choices=PROFILES)
-        sub.add_argument("--seeds", type=at_least(0), nargs="+", help="default: the profile's own")
+        sub.add_argument("--profile", default="quick", choices=PROFILES, help="default: quick")
+        sub.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help="default: the profile's own")
+
+    def with_exhibit(sub, **optional):
+        every = [*EXHIBITS, "all"]
+        sub.add_argument("exhibit", choices=every, metavar="EXHIBIT", help=", ".join(every), **optional)
 
     def with_training(sub):
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        sub.add_argument("--workers", type=at_least(1), help="runs at once; default one per CPU core, or one on a GPU")
-        sub.add_argument("--budget", type=seconds, help="stop cleanly after this time, such as 9m; exit status 75")
+        sub.add_argument(
+            "--workers", type=at_least(1), metavar="N", help="runs at once; default one per CPU core, or one on a GPU"
+        )
+        sub.add_argument(
+            "--budget", type=seconds, metavar="TIME", help="stop cleanly after this time, such as 9m; exit status 75"
+        )
         sub.add_argument(
             "--only-whole", action="store_true", help="with --budget: train no run that would not end in it"
         )
         sub.add_argument("--backend", default="local", choices=["local", "ray"], help="ray: the runs on a Ray cluster")
-        sub.add_argument("--ray-address", help="default: RAY_ADDRESS, the cluster on this machine, or a new one")
-        sub.add_argument("--gpus-per-run", type=float, help="of the Ray cluster's, 1 by default; 0.5 shares one")
+        sub.add_argument(
+            "--ray-address", metavar="HOST", help="default: RAY_ADDRESS, the cluster on this machine, or a new one"
+        )
+        sub.add_argument(
+            "--gpus-per-run", type=float, metavar="N", help="of the Ray cluster's, 1 by default; 0.5 shares one"
+        )
         sub.add_argument("--retry", action="store_true", help="train runs again that failed before")
 
     sub = command("train", "train what an exhibit is missing", train)
-    sub.add_argument("exhibit", choices=[*EXHIBITS, "all"])
+    with_exhibit(sub)
     with_grid(sub)
     with_training(sub)
     sub = command("status", "what is done, running, pending or failed, and the time left", status)
-    sub.add_argument("exhibit", nargs="?", default="all", choices=[*EXHIBITS, "all"])
+    with_exhibit(sub, nargs="?", default="all")
     with_grid(sub)
     sub = command("report", "train what is missing, execute the notebooks and render the HTML report", report)
-    sub.add_argument("exhibit", nargs="?", default="all", choices=[*EXHIBITS, "all"])
+    with_exhibit(sub, nargs="?", default="all")
     with_grid(sub)
     with_training(sub)
     sub.add_argument("--no-train", action="store_true", help="render only what is on disk; the rest says 'not run'")
@@ -85,7 +97,7 @@ def parser():
     sub.add_argument("--name", help="with 'folder': what to call the data set")
     sub.add_argument("--size", type=at_least(1), help="with 'folder': height and width of its images in pixels")
     sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
-    sub.add_argument("--workers", type=at_least(1), help="processes that decode; default one per CPU core")
+    sub.add_argument("--workers", type=at_least(1), metavar="N", help="processes that decode; default one per CPU core")
     sub.set_defaults(wrong_usage=sub.error)
     sub = command("bench", "images/s here, against a plain loop and the device's measured peak", measure_speed)
     sub.add_argument("--nets", nargs="+", help="names, or pairs such as mobilenet+vgg13; default: four of the paper's")
@@ -157,7 +169,7 @@ def report(options):
     if missing := len(states) - states.count("done") - states.count("damaged"):
         print(f"{missing} of {len(states)} runs not run; the pages say what is missing", file=sys.stderr)
     if damaged := states.count("damaged"):
-        print(f"silalib: error: {damaged} runs have a damaged record, see `status`", file=sys.stderr)
+        print(f"silalib: error: {damaged} of {len(states)} runs with a damaged record, see `status`", file=sys.stderr)
         code = 1
     return code
 
@@ -190,7 +202,7 @@ def status(options):
         print(reason)
     if left and speeds:
         each = sum(left.values()) * sum(speeds) / len(speeds)
-        print(f"about {duration(each)} left for one worker, at the speed at which {len(speeds)} finished runs trained")
+        print(f"about {duration(each)} left for one worker, at the speed of the {len(speeds)} finished runs")
     return 0
 
 

@@ -139,7 +139,11 @@ def show_table(frame, name, profile, caption, data=None, records=()):
         "tex": latex(frame, caption).encode(),
     }
     save("tables", name, profile, contents, records)
-    display(HTML(frame.style.hide(axis="index").set_caption(caption).to_html()))
+    # JupyterLab sets everything to the right, which is for numbers
+    words = [name for name in frame if frame[name].astype(str).str.contains("[A-Za-z]{2}").any()]
+    left = {name: [{"selector": "", "props": "text-align: left"}] for name in words}
+    style = frame.style.hide(axis="index").set_caption(caption).set_table_styles(left)
+    display(HTML(style.to_html()))
 
 
 def save(kind, name, profile, contents, records):

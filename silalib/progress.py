@@ -9,7 +9,7 @@ HEARTBEAT_SECONDS = 30
 
 
 def duration(seconds):
-    """12 s, 3 min 05 s, 2 h 07 min, 5 days."""
+    """12 s, 3 min 05 s, 2 h 07 min, 5 days, 4 years."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -17,7 +17,9 @@ def duration(seconds):
         return f"{seconds // 60} min {seconds % 60:02d} s"
     if seconds < 48 * 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{round(seconds / 86400)} days"
+    if seconds < 2 * 365 * 86400:
+        return f"{round(seconds / 86400)} days"
+    return f"{round(seconds / 365 / 86400)} years"
 
 
 def in_notebook():
@@ -43,7 +45,8 @@ class Progress:
         if (in_notebook() or sys.stderr.isatty()) and not os.environ.get("TQDM_DISABLE"):
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar}| {elapsed}{postfix}", leave=False)
+            bar = "{bar}" if in_notebook() else "{bar:10}"  # a terminal's would shrink to nothing beside the text
+            self.bar = tqdm(total=100, bar_format=f"{{percentage:3.0f}}%|{bar}| {{elapsed}}{{postfix}}", leave=False)
 
     def message(self, run, text=None, step=0, total=1, top1=None, resumed=False, final=None):
         """One message of a run in progress."""
@@ -69,7 +72,8 @@ class Progress:
         """A run has ended: `outcome` is its accuracy, or why there is none."""
         self.share[run] = 1.0
         self.ended += 1
-        self.line(f"{self.ended}/{len(self.costs)} runs, {self.left()}{run}: {outcome}")
+        left = self.left() if self.bar is None else ""  # which the bar shows, and a line should fit a terminal
+        self.line(f"{self.ended}/{len(self.costs)} runs, {left}{run}: {outcome}")
 
     def done(self):
         return sum(self.share[r] * c for r, c in self.costs.items()) / sum(self.costs.values())
@@ -87,7 +91,7 @@ class Progress:
     def line(self, text):
         self.last_line = time.monotonic()
         if self.bar is not None:
-            self.bar.write(text)
+            self.bar.write(text, file=None if in_notebook() else sys.stderr)  # where a notebook shows it as an error
         else:
             print(text, file=sys.stderr, flush=True)
 

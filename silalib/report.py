@@ -436,7 +436,7 @@ POLISH = [
 ]
 """What latex2mathml leaves to do: LaTeX's spaces at named operators and signs, upright words in one piece, tags."""
 
-TABLE = r"(?:<style scoped>.*?</style>\s*)?<table.*?</table>"  # the style is pandas' own and would win over ours
+TABLE = r"(?:<style[^>]*>[^<]*</style>\s*)?<table.*?</table>"  # the style is pandas' own and would win over ours
 NUMBER = r"[\s<>≤≥≈~±+\-−–(\[]*\d[\d\s.,:;/%×±+\-−–()\[\]eE]*"
 
 

@@ -500,7 +500,7 @@ def test_without_training_a_damaged_record_is_told_by_the_exit_status(exhibit, m
     assert main(["status", "tiny"]) == 0
     assert f"damaged: {find(run) / 'test.npz'} is damaged" in capsys.readouterr().out
     assert main(["report", "tiny", "--no-train"]) == 1
-    assert capsys.readouterr().err == "silalib: error: 1 runs have a damaged record, see `status`\n"
+    assert capsys.readouterr().err == "silalib: error: 1 of 2 runs with a damaged record, see `status`\n"
     assert (find(run) / "test.npz").read_bytes() == b""
     assert main(["report", "tiny", "--workers", "1"]) == 0
     assert (find(run) / "test.npz.corrupt").exists()
@@ -540,7 +540,7 @@ def test_a_kernel_that_dies_is_a_failed_page_and_the_rest_is_built(results, tmp_
         (2, "report --profile huge", "invalid choice: 'huge' (choose from"),
         (2, "fly", "invalid choice: 'fly' (choose from"),
         (2, "", "the following arguments are required: command"),
-        (2, "train", "the following arguments are required: exhibit"),
+        (2, "train", "the following arguments are required: EXHIBIT"),
         (2, "train table1 --fast", "unrecognized arguments: --fast"),
         (2, "train table1 --seeds -1", "'-1' is not a whole number from 0"),
         (2, "train table1 --seeds 1.5", "'1.5' is not a whole number from 0"),

@@ -103,6 +103,15 @@ def test_tables_are_saved_for_others(record, results):
     assert [run["key"] for run in json.loads(files[".json"])["runs"]] == [record.run.key]
 
 
+def test_columns_of_words_are_set_to_the_left(results, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    frame = pd.DataFrame([["IND", "1.0 ± 0.1", 3]])
+    frame.columns = pd.MultiIndex.from_tuples([("", "method"), ("top-1", "ours"), ("top-1", "seeds")])
+    plots.show_table(frame, "words", "paper", "A caption")
+    assert re.findall(r"#T_\w+ (\S+) {\s*text-align: left;\s*}", shown.pop().data) == [".col0"]
+
+
 def test_markdown_shows_every_character(results):
     """Read again by another parser of Markdown."""
     import mistune

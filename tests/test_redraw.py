@@ -62,8 +62,8 @@ def test_a_damaged_record_is_shown_and_not_trained_again(redraw, results):
     (folder / damaged.key / "history.csv").write_text("damaged")
     before = contents(folder)
     status, errors = redraw("paper", "fig6")
-    assert status == 1 and "1 runs have a damaged record" in errors
+    assert status == 1 and " runs with a damaged record" in errors
     assert contents(folder) == before
     page = (results / "paper" / "report" / "07_fig6_mnist_features.html").read_text(encoding="utf-8")
-    assert "1 of them have a damaged record" in page
+    assert "(1 with a damaged record)" in page
     assert claims.judge("paper", None)[5].verdict == "inconclusive"
