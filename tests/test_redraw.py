@@ -53,7 +53,7 @@ def test_committed_records_are_redrawn_to_the_same_bytes(redraw, results, profil
         own = {run for name in exhibits for run in experiments.EXHIBITS[name].grid(profile)}
         left = sum(runs.find(run) is None for run in own)
         assert (f"{left} of {len(own)} runs of this page are missing" in page) == bool(left)
-        assert not left or re.search("not run", page, re.IGNORECASE)
+        assert left < len(own) or not own or re.search("not run", page, re.IGNORECASE)  # else a seed may be missing
 
 
 def test_a_damaged_record_is_shown_and_not_trained_again(redraw, results):
