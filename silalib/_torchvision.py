@@ -9,20 +9,21 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from torch import library
 
 _OPERATORS = ("nms", "qnms")
 
 
 def _load_operators():
     package = Path(importlib.util.find_spec("torchvision").origin).parent
-    for library in package.glob("_C*.so"):
+    for compiled in package.glob("_C*.so"):
         try:
-            torch.ops.load_library(library)
+            torch.ops.load_library(compiled)
         except OSError:
             continue
     for name in _OPERATORS:
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 _load_operators()
