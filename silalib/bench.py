@@ -7,7 +7,7 @@ seconds of the process and of its loader's workers, on a GPU wall seconds.
 import importlib.util
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .models import EXITS, count_macs
 from .paths import ROOT, results_folder
 from .progress import duration
 from .runs import Run, to_json, write_atomically
-from .speed import PLAIN, fast, own_stream
+from .speed import PLAIN, fast, one_thread, own_stream
 from .trainer import Training, pick_device, processor
 
 NETS = ("resnet18", "mobilenet", "vgg13", "msdnet_anytime")
@@ -224,18 +224,17 @@ def bench(nets=NETS, methods=("ind", "sila"), device="auto", speeds=("fast",), r
     if unknown := [name for name in speeds if name not in SPEEDS]:
         raise UserError(f"unknown speed {unknown[0]!r}: choose from {', '.join(SPEEDS)}")
     gpu = device.type == "cuda"
+    threads = torch.get_num_threads() if gpu else 1
     runs = list(dict.fromkeys(configuration(net, method) for net in nets for method in methods))
     where = torch.cuda.get_device_name(device) if gpu else processor()
-    print(
-        f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {rounds} rounds; medians [quartiles]"
-    )
+    print(f"torch {torch.__version__}, {where}, {threads} threads, {rounds} rounds; medians [quartiles]")
     print(f"seconds are {'wall seconds' if gpu else 'CPU seconds, of the process and the workers of its loader'}")
     header = ("networks", "method", "speed", "images/s", "reference", "ratio", "GFLOP/s", "peak", "share", "MiB")
     line = "{:23}{:9}{:9}{:24}{:24}{:20}{:>9}{:>9}{:>7}{:>8}{:>10}".format
     print(line(*header, "s/epoch"))
     rows = []
     settings = torch.random.fork_rng(devices=[device] if gpu else []), torch.backends.cudnn.flags(True, gpu)
-    with settings[0], settings[1], own_stream(device):
+    with settings[0], settings[1], own_stream(device), nullcontext() if gpu else one_thread():
         for run in runs:
             for row in measure(run, device, list(speeds), rounds, steps or (100 if gpu else 2), reference):
                 rows.append(row)
@@ -258,6 +257,6 @@ def bench(nets=NETS, methods=("ind", "sila"), device="auto", speeds=("fast",), r
     print("  " + ", ".join(f"{name} {duration(value)}" for name, value in grids.items()))
     output = Path(output) if output else results_folder("paper").parent / "bench.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"torch": str(torch.__version__), "device": where, "threads": torch.get_num_threads(), "rounds": rounds}
+    facts = {"torch": str(torch.__version__), "device": where, "threads": threads, "rounds": rounds}
     write_atomically(output, to_json({**facts, "rows": rows, "projected_seconds": grids}))
     print(f"written to {output}")

@@ -7,7 +7,6 @@ multiply-accumulates (MACs) of convolutions and linear layers for one image.
 """
 
 import time
-from contextlib import contextmanager
 from itertools import accumulate
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import nn
 from .errors import UserError
 from .models import macs_by_layer
 from .models.msdnet import MSDNet
+from .speed import one_thread  # noqa: F401, which the notebooks take from here
 
 
 def exit_costs(network, image, budgeted=False):
@@ -261,17 +261,6 @@ def _parts(model):
     if not isinstance(network, MSDNet):
         raise UserError(f"early exit needs an MSDNet, not {type(network).__name__}")
     return nn.Sequential(*before), network
-
-
-@contextmanager
-def one_thread():
-    """Measure on one CPU thread, as the times of the figures are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def milliseconds(model, images, batch_size, repeats=3):

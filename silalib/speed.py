@@ -6,7 +6,7 @@ compared with. They change results by rounding alone.
 
 import sys
 from collections import deque
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,17 @@ PLAIN = Speed(half=False, channels_last=False, fused=False)
 def fast(device):
     """The settings of every training on `device`."""
     return Speed(graphs=device.type == "cuda")
+
+
+@contextmanager
+def one_thread():
+    """Measure on one CPU thread, as runs are trained: the CPU time of several counts their waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def own_stream(device):

@@ -9,6 +9,7 @@ from torch import nn
 
 from silalib.losses import METHODS
 from silalib.models import EXITS, MODELS, NAMES, STEMS, count_macs, count_parameters
+from silalib.models.layers import Conv2d, Convolution3x3
 
 ONE_HEAD = [name for name in MODELS if name not in EXITS]
 """MSDNet's exits are tested in test_msdnet.py."""
@@ -272,3 +273,75 @@ def test_mobilenet_has_four_stages_of_half_the_size():
     assert all(m.bias is None for m in convolutions)
     depthwise = [m for m in convolutions if m.kernel_size == (3, 3)][1:]
     assert all(m.groups == m.in_channels == m.out_channels for m in depthwise)
+
+
+def nodes(tensor):
+    """Names of what its gradient passes through."""
+    found, todo = set(), [tensor.grad_fn]
+    while todo:
+        if (node := todo.pop()) is not None:
+            found.add(type(node).__name__)
+            todo += [parent for parent, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("size, stride", [((4, 4), 1), ((2, 2), 1), ((8, 8), 2), ((5, 7), 2), ((1, 3), 1)])
+def test_a_3x3_convolution_as_matrix_products(size, stride):
+    """Output and gradients, first and second, are those of torch's convolution in float64."""
+    x = torch.randn(3, 4, *size, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(5, 4, 3, 3, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    ours, expected = Convolution3x3.apply(x, weight, stride), F.conv2d(x, weight, None, stride, 1)
+    torch.testing.assert_close(ours, expected)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    second = []
+    for out in (ours, expected):
+        first = torch.autograd.grad(out.square().sum(), (x, weight), create_graph=True)
+        second.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight))))
+    torch.testing.assert_close(*second)
+
+
+CONVOLUTIONS = [
+    # inputs, outputs, kernel, size, settings, dtype -> whether it is a matrix product
+    ((32, 8, 1, (4, 4), {}, torch.float32), True),
+    ((32, 8, 1, (8, 8), dict(stride=2, bias=False), torch.float32), True),
+    ((32, 8, 1, (7, 5), dict(stride=2), torch.bfloat16), True),
+    ((32, 8, 1, (5, 4), {}, torch.float32), False),
+    ((8, 8, 1, (4, 4), dict(groups=8), torch.float32), False),
+    ((8, 8, 1, (2, 2), dict(padding=1), torch.float32), False),
+    ((129, 128, 3, (4, 4), dict(padding=1), torch.bfloat16), True),
+    ((129, 128, 3, (8, 8), dict(padding=1, stride=2, bias=False), torch.bfloat16), True),
+    ((128, 128, 3, (4, 4), dict(padding=1), torch.bfloat16), False),
+    ((65, 64, 3, (2, 2), dict(padding=1), torch.bfloat16), True),
+    ((65, 64, 3, (2, 2), dict(padding=1), torch.float32), False),
+    ((65, 64, 3, (4, 4), {}, torch.bfloat16), False),
+]
+
+
+@pytest.mark.parametrize("layer, product", CONVOLUTIONS)
+def test_a_convolution_with_a_small_map_is_torchs_own(layer, product):
+    """As matrix products or not: output and gradients agree with torch's on the same layer, under autocast or not."""
+    inputs, outputs, kernel, size, settings, dtype = layer
+    ours, theirs = Conv2d(inputs, outputs, kernel, **settings), nn.Conv2d(inputs, outputs, kernel, **settings)
+    ours, theirs = ours.to(memory_format=torch.channels_last), theirs.to(memory_format=torch.channels_last)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(6, inputs, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+    results = []
+    for conv in (ours, theirs):
+        x = images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = conv(x)
+        if conv is ours:
+            convolved = {"ConvolutionBackward0", "MkldnnConvolutionBackward0"} & nodes(y)
+            assert bool(convolved) != product
+        y.float().square().sum().backward()
+        results.append([y.float(), x.grad.float(), *(p.grad for p in conv.parameters())])
+    for a, b in zip(*results, strict=True):
+        # 2**-8 is a rounding to bfloat16; sums of rounded numbers stay within a few, of the largest
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=(4 * 2**-8 if dtype == torch.bfloat16 else 1e-5) * b.abs().max().item()
+        )
+
+
+def test_small_maps_in_another_layout_are_convolved():
+    conv = Conv2d(8, 8, 1)
+    assert "AddmmBackward0" not in nodes(conv(torch.randn(2, 8, 4, 4)))

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from .layers import ClassLayer, check_stem
+from .layers import ClassLayer, Conv2d, check_stem
 
 DENSE_LAYERS = (6, 12, 24, 16)
 """Of each block."""
@@ -20,7 +20,7 @@ class DenseLayer(nn.Sequential):
             OrderedDict(
                 norm1=nn.BatchNorm2d(inputs),
                 relu1=nn.ReLU(inplace=True),
-                conv1=nn.Conv2d(inputs, 4 * growth, 1, bias=False),
+                conv1=Conv2d(inputs, 4 * growth, 1, bias=False),
                 norm2=nn.BatchNorm2d(4 * growth),
                 relu2=nn.ReLU(inplace=True),
                 conv2=nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False),
@@ -50,7 +50,7 @@ class DenseNet(nn.Module):
         growth = max(1, round(GROWTH * width))
         channels = 2 * growth
         features = OrderedDict(
-            conv0=nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False),
+            conv0=Conv2d(in_channels, channels, 3, 1, 1, bias=False),
             norm0=nn.BatchNorm2d(channels),
             relu0=nn.ReLU(inplace=True),
         )
@@ -62,7 +62,7 @@ class DenseNet(nn.Module):
                     OrderedDict(
                         norm=nn.BatchNorm2d(channels),
                         relu=nn.ReLU(inplace=True),
-                        conv=nn.Conv2d(channels, channels // 2, 1, bias=False),
+                        conv=Conv2d(channels, channels // 2, 1, bias=False),
                         pool=nn.AvgPool2d(2),
                     )
                 )

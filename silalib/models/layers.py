@@ -1,7 +1,66 @@
 """Layers that several networks share."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+SMALL_MAP = 16
+"""Positions of an output at most for which a matrix product may be faster on a CPU than oneDNN's convolution."""
+WIDE = 1024
+"""Weights for each position and place in the kernel: a 3x3 kernel with more is slow there in bfloat16."""
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that is computed as matrix products where that is faster: on a CPU, in channels-last layout, with
+    an output of at most 4x4 positions; a 3x3 one if it is in bfloat16 and wide."""
+
+    def forward(self, x):
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        positions = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+        last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+        usual = self.groups == 1 and self.padding == (kernel // 2, kernel // 2)
+        if last and usual and positions <= SMALL_MAP:
+            if kernel == 1:
+                rows = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
+                return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+            wide = self.in_channels * self.out_channels > WIDE * positions
+            if kernel == 3 and wide and x.dtype == torch.bfloat16:
+                x = Convolution3x3.apply(x, self.weight.to(x.dtype), stride)
+                return x if self.bias is None else x + self.bias.to(x.dtype)[:, None, None]
+        return super().forward(x)
+
+
+class Convolution3x3(torch.autograd.Function):
+    """With padding 1, as matrix products: of the weights, or the gradient, and what the kernel sees at each place."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride):
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return product(x, weight, stride)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_weight = (rows.T @ patches(x, ctx.stride)).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        if ctx.stride == 1:
+            grad_x = product(grad, weight.flip(2, 3).transpose(0, 1), 1)
+        else:
+            grad_x = nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, padding=1)
+        return grad_x, grad_weight, None
+
+
+def patches(x, stride):
+    """What a 3x3 kernel sees of x (B, C, H, W) at each of its places: (places in all images, 9 C)."""
+    x = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)
+    return x.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).flatten(1)
+
+
+def product(x, weight, stride):
+    size = [-(-n // stride) for n in x.shape[2:]]
+    rows = patches(x, stride) @ weight.permute(0, 2, 3, 1).flatten(1).T
+    return rows.unflatten(0, (len(x), *size)).permute(0, 3, 1, 2)
 
 
 class ClassLayer(nn.Linear):
@@ -19,7 +78,7 @@ class ClassLayer(nn.Linear):
 
 def conv_bn_relu(inputs, channels, kernel, stride=1, groups=1):
     """The three layers, as a list."""
-    conv = nn.Conv2d(inputs, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    conv = Conv2d(inputs, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
 
 

@@ -58,7 +58,26 @@ def as_one(bottlenecks, x):
         norm.running_mean.copy_(m)
         norm.running_var.copy_(v)
         norm.num_batches_tracked += 1
-    return F.relu(x, inplace=True).split(channels, 1)
+    return [dense(part) for part in F.relu(x, inplace=True).split(channels, 1)]
+
+
+def dense(channels):
+    """Some channels of a tensor, for a CPU in memory of their own: it is slow on every third of a row, say."""
+    return channels.clone() if channels.device.type == "cpu" else channels
+
+
+class Concatenate(torch.autograd.Function):
+    """torch.cat of old and new channels. The gradient of the new ones is dense; that of the old is added to others."""
+
+    @staticmethod
+    def forward(ctx, old, *new):
+        ctx.channels = [x.shape[1] for x in (old, *new)]
+        return torch.cat([old, *new], 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        old, *new = grad.split(ctx.channels, 1)
+        return old, *map(dense, new)
 
 
 class Layer(nn.Module):
@@ -87,7 +106,7 @@ class Layer(nn.Module):
             inner = as_one(bottlenecks, x) if self.training else [chain(layers, x) for layers in bottlenecks]
             for (scale, layers), y in zip(readers, inner):
                 new[scale].insert(0, chain(layers[3:], y))  # a scale's own channels before those of the finer one
-        return [torch.cat([x, *parts], 1) for x, parts in zip(features[self.drop :], new[self.drop :])]
+        return [Concatenate.apply(x, *parts) for x, parts in zip(features[self.drop :], new[self.drop :])]
 
 
 class Transition(nn.Module):

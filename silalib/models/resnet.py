@@ -8,14 +8,14 @@ from . import layers
 class BasicBlock(nn.Module):
     def __init__(self, inputs, channels, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False)
+        self.conv1 = layers.Conv2d(inputs, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.conv2 = layers.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = None
         if stride != 1 or inputs != channels:
             self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+                layers.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
 
     def forward(self, x):
@@ -36,7 +36,7 @@ class ResNet(nn.Module):
         channels = [max(1, round(c * width)) for c in (64, 128, 256, 512)]
         large = layers.check_stem(stem, ("cifar", "imagenet")) == "imagenet"
         kernel, stride = (7, 2) if large else (3, 1)
-        self.conv1 = nn.Conv2d(in_channels, channels[0], kernel, stride, kernel // 2, bias=False)
+        self.conv1 = layers.Conv2d(in_channels, channels[0], kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         inputs = channels[0]

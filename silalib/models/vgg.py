@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .layers import ClassLayer, check_stem
+from .layers import ClassLayer, Conv2d, check_stem
 
 CONVOLUTIONS = {13: (2, 2, 2, 2, 2), 19: (2, 2, 4, 4, 4)}
 
@@ -19,7 +19,7 @@ class VGG(nn.Module):
         for base, n in zip((64, 128, 256, 512, 512), CONVOLUTIONS[depth]):
             channels = max(1, round(base * width))
             for _ in range(n):
-                layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels)]
+                layers += [Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels)]
                 layers.append(nn.ReLU(inplace=True))
                 inputs = channels
             layers.append(nn.MaxPool2d(2))

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .layers import ClassLayer, check_stem
+from .layers import ClassLayer, Conv2d, check_stem
 
 
 class Block(nn.Module):
@@ -11,11 +11,11 @@ class Block(nn.Module):
     def __init__(self, inputs, channels, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False)
+        self.conv1 = Conv2d(inputs, channels, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, 1, 1, bias=False)
         changes = stride != 1 or inputs != channels
-        self.shortcut = nn.Conv2d(inputs, channels, 1, stride, bias=False) if changes else None
+        self.shortcut = Conv2d(inputs, channels, 1, stride, bias=False) if changes else None
 
     def forward(self, x):
         active = self.bn1(x).relu_()
@@ -29,7 +29,7 @@ class WideResNet(nn.Module):
     def __init__(self, blocks, widen, num_classes, in_channels, width):
         super().__init__()
         stem, *channels = (max(1, round(c * width)) for c in (16, 16 * widen, 32 * widen, 64 * widen))
-        layers, inputs = [nn.Conv2d(in_channels, stem, 3, 1, 1, bias=False)], stem
+        layers, inputs = [Conv2d(in_channels, stem, 3, 1, 1, bias=False)], stem
         for group, c in enumerate(channels):
             for block in range(blocks):
                 layers.append(Block(inputs, c, 2 if group and not block else 1))
