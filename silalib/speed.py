@@ -20,14 +20,14 @@ STEPS_AHEAD = 16
 def precision(net, device):
     """Of one network: torch.bfloat16 where the device has units for it and it pays, else torch.float32.
 
-    On a CPU it does not pay for depthwise convolutions. DenseNet gains little when it is narrow, and the 12-layer
-    network's two features are drawn: both stay in float32.
+    On a CPU it does not pay for depthwise convolutions. The 12-layer network's two features are drawn: it stays in
+    float32.
     """
     if device.type == "cuda":
         units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    pays = device.type == "cuda" or net.startswith(("resnet", "vgg", "wrn", "msdnet"))
+    pays = device.type == "cuda" or net.startswith(("resnet", "vgg", "wrn", "densenet", "msdnet"))
     return torch.bfloat16 if units and pays else torch.float32
 
 
