@@ -37,15 +37,15 @@ class Convolution3x3(torch.autograd.Function):
     def forward(ctx, x, weight, stride):
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        return product(x, weight, stride)
+        return product(x, weight.permute(0, 2, 3, 1).flatten(1).T, stride)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        grad_weight = (rows.T @ patches(x, ctx.stride)).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        outputs = grad.permute(1, 0, 2, 3).flatten(1).contiguous()  # it is slow to multiply by columns
+        grad_weight = (outputs @ patches(x, ctx.stride)).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
         if ctx.stride == 1:
-            grad_x = product(grad, weight.flip(2, 3).transpose(0, 1), 1)
+            grad_x = product(grad, weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2), 1)
         else:
             grad_x = nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, padding=1)
         return grad_x, grad_weight, None
@@ -57,10 +57,10 @@ def patches(x, stride):
     return x.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).flatten(1)
 
 
-def product(x, weight, stride):
+def product(x, matrix, stride):
+    """Of the patches and a (9 C, outputs) matrix: (B, outputs, H, W) over the stride."""
     size = [-(-n // stride) for n in x.shape[2:]]
-    rows = patches(x, stride) @ weight.permute(0, 2, 3, 1).flatten(1).T
-    return rows.unflatten(0, (len(x), *size)).permute(0, 3, 1, 2)
+    return (patches(x, stride) @ matrix).unflatten(0, (len(x), *size)).permute(0, 3, 1, 2)
 
 
 class ClassLayer(nn.Linear):
