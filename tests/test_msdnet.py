@@ -164,7 +164,7 @@ class OneByOne(nn.BatchNorm2d):
 def test_bottlenecks_computed_as_one_are_those_computed_one_by_one(name):
     """Two steps in float64: logits, gradients, running statistics; and each layer is called where it is not as one."""
     torch.manual_seed(0)
-    together = MODELS[name](10, width=0.25, blocks=3).double().train()
+    together = MODELS[name](10, width=0.25, blocks=3).double().to(memory_format=torch.channels_last).train()
     alone = deepcopy(together)
     norms = [m for m in alone.modules() if isinstance(m, nn.BatchNorm2d)]
     called = Counter()
@@ -181,3 +181,13 @@ def test_bottlenecks_computed_as_one_are_those_computed_one_by_one(name):
     torch.testing.assert_close(dict(together.state_dict()), dict(alone.state_dict()))
     for (name, own), other in zip(together.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("layout, as_one", [(torch.channels_last, True), (torch.contiguous_format, False)])
+def test_bottlenecks_are_computed_as_one_in_the_layout_of_training(layout, as_one):
+    network = MODELS["msdnet_anytime"](10, width=0.25, blocks=1).to(memory_format=layout).train()
+    norms, called = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)], Counter()
+    for norm in norms:
+        norm.register_forward_hook(lambda norm, *_: called.update([norm]))
+    network(torch.randn(2, 3, 32, 32).to(memory_format=layout))
+    assert (len(called) < len(norms)) == as_one

@@ -10,6 +10,11 @@ WIDE = 1024
 """Weights for each position and place in the kernel: a 3x3 kernel with more is slow there in bfloat16."""
 
 
+def channels_last(x):
+    """Whether x lies in memory as in trainings; in PyTorch's usual layout networks are computed layer by layer."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 class Conv2d(nn.Conv2d):
     """A convolution that is computed as matrix products where that is faster: on a CPU, in channels-last layout, with
     an output of at most 4x4 positions; a 3x3 one if it is in bfloat16 and wide."""
@@ -17,9 +22,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, x):
         (kernel, _), (stride, _) = self.kernel_size, self.stride
         positions = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-        last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
         usual = self.groups == 1 and self.padding == (kernel // 2, kernel // 2)
-        if last and usual and positions <= SMALL_MAP:
+        if x.device.type == "cpu" and channels_last(x) and usual and positions <= SMALL_MAP:
             if kernel == 1:
                 rows = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
                 return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import ClassLayer, check_stem, conv_bn_relu
+from .layers import ClassLayer, channels_last, check_stem, conv_bn_relu
 
 
 class Scales(nn.Module):
@@ -46,7 +46,8 @@ def as_one(bottlenecks, x):
     """What each 1x1 convolution with BatchNorm and ReLU gives for the same x, in training, computed as one: MSDNet is a
     few hundred small operations, whose number costs more than their size."""
     convolutions, norms, _ = zip(*bottlenecks)
-    if len(norms) == 1 or type(norms[0]) is not nn.BatchNorm2d:  # data-parallel networks have another kind
+    parallel = type(norms[0]) is not nn.BatchNorm2d  # data-parallel networks have another kind
+    if len(norms) == 1 or parallel or not channels_last(x):
         return [chain(layers, x) for layers in bottlenecks]
     mean, variance, weight, bias = (
         torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
@@ -58,12 +59,12 @@ def as_one(bottlenecks, x):
         norm.running_mean.copy_(m)
         norm.running_var.copy_(v)
         norm.num_batches_tracked += 1
-    return [dense(part) for part in F.relu(x, inplace=True).split(channels, 1)]
+    return dense(F.relu(x, inplace=True).split(channels, 1))
 
 
-def dense(channels):
-    """Some channels of a tensor, for a CPU in memory of their own: it is slow on every third of a row, say."""
-    return channels.clone() if channels.device.type == "cpu" else channels
+def dense(parts):
+    """Parts of the channels, on a CPU each in memory of its own: it is slow on a few channels of every position."""
+    return [part.clone() for part in parts] if parts[0].device.type == "cpu" else parts
 
 
 class Concatenate(torch.autograd.Function):
@@ -77,7 +78,7 @@ class Concatenate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         old, *new = grad.split(ctx.channels, 1)
-        return old, *map(dense, new)
+        return old, *(dense(new) if channels_last(grad) else new)
 
 
 class Layer(nn.Module):
