@@ -66,7 +66,7 @@ def cifar_run(profile, nets, **changes):
     """One training of Tables 1, 2 and 3 at a profile."""
     settings = {
         "quick": dict(
-            dataset="digits", train_size=512, batch_size=20, epochs=4, warmup=0.25, gamma=0.8, width=0.125,
+            dataset="digits", train_size=512, batch_size=20, epochs=4, warmup=0.5, gamma=0.8, width=0.125,
             augment="none",
         ),
         "small": dict(train_size=10000, width=0.25, epochs=30, gamma=0.7),
