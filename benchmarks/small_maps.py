@@ -15,19 +15,19 @@ from silalib.models.layers import Conv2d
 from silalib.speed import one_thread
 
 LAYERS = [
-    # inputs, outputs, kernel, stride, size of the input, where it stands
-    (512, 512, 3, 1, 4, "ResNet18, last stage"),
-    (256, 512, 3, 2, 8, "ResNet18, its first layer"),
-    (256, 512, 1, 2, 8, "ResNet18, its shortcut"),
-    (512, 512, 3, 1, 2, "VGG13, last stage"),
-    (128, 128, 3, 2, 4, "MSDNet, a classifier"),
-    (1024, 1024, 1, 1, 2, "MobileNet, last layer"),
+    # inputs, outputs, kernel, stride, size of the input, where it stands, and the precision it is trained in there
+    (512, 512, 3, 1, 4, "ResNet18, last stage", torch.bfloat16),
+    (256, 512, 3, 2, 8, "ResNet18, its first layer", torch.bfloat16),
+    (256, 512, 1, 2, 8, "ResNet18, its shortcut", torch.bfloat16),
+    (512, 512, 3, 1, 2, "VGG13, last stage", torch.bfloat16),
+    (128, 128, 3, 2, 4, "MSDNet, a classifier", torch.bfloat16),
+    (1024, 1024, 1, 1, 2, "MobileNet, last layer", torch.float32),
 ]
 
 
 def seconds(layer, x, grad):
     started = time.process_time()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         layer(x).backward(grad)
     return time.process_time() - started
 
@@ -37,13 +37,13 @@ def main():
     options.add_argument("--rounds", type=int, default=11)
     options = options.parse_args()
     print(f"torch {torch.__version__}, one thread, {options.rounds} rounds")
-    for inputs, outputs, kernel, stride, size, where in LAYERS:
+    for inputs, outputs, kernel, stride, size, where, dtype in LAYERS:
         settings = dict(stride=stride, padding=kernel // 2, bias=False)
         layers = [kind(inputs, outputs, kernel, **settings) for kind in (Conv2d, nn.Conv2d)]
         layers = [layer.to(memory_format=torch.channels_last) for layer in layers]
-        x = torch.randn(128, inputs, size, size).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+        x = torch.randn(128, inputs, size, size).to(dtype, memory_format=torch.channels_last).requires_grad_()
         with torch.no_grad():
-            grad = torch.randn_like(layers[1](x.float())).bfloat16()
+            grad = torch.randn_like(layers[1](x.float())).to(dtype)
         times = [], []
         with one_thread():
             for i in range(options.rounds + 2):  # the first two warm up
@@ -51,7 +51,7 @@ def main():
                     own.append(seconds(layer, x, grad))
         ours, theirs = (own[2:] for own in times)
         ratio = spread([t / o for o, t in zip(ours, theirs)])
-        shape = f"{kernel}x{kernel}, {inputs} to {outputs} channels, {size}x{size}, stride {stride}"
+        shape = f"{kernel}x{kernel}, {inputs} to {outputs} channels, {size}x{size}, stride {stride}, {str(dtype)[6:]}"
         print(f"{shape} ({where}): product {spread(ours, 1000)} ms, oneDNN {spread(theirs, 1000)} ms, {ratio}x")
 
 

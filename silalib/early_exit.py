@@ -16,7 +16,6 @@ from torch import nn
 from .errors import UserError
 from .models import macs_by_layer
 from .models.msdnet import MSDNet
-from .speed import one_thread  # noqa: F401, which the notebooks take from here
 
 
 def exit_costs(network, image, budgeted=False):

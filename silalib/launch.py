@@ -140,11 +140,11 @@ def in_this_process(pending, job, workers, stopped, progress):
 
 
 def in_workers(pending, job, workers, stopped, progress):
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # large pages: a step on Linux is 5 to 10% faster
     context = multiprocessing.get_context("spawn")
     messages, stop = context.Queue(), context.Event()
     outcomes = {}
-    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(messages, stop)) as pool:
+    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(messages, stop))
+    with large_pages(), pool:
         futures = {pool.submit(work, job, run): run for run in pending}
         try:
             while futures:
@@ -165,6 +165,20 @@ def in_workers(pending, job, workers, stopped, progress):
             for future in futures:
                 future.cancel()
     return outcomes
+
+
+@contextmanager
+def large_pages():
+    """Processes started in here, on Linux, ask for memory in large pages: a step is 5 to 10% faster."""
+    name = "GLIBC_TUNABLES"
+    if name in os.environ:  # the user's own
+        yield
+        return
+    os.environ[name] = "glibc.malloc.hugetlb=1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def drain(messages, progress):

@@ -398,14 +398,3 @@ def test_curves_of_a_grid_have_every_network_and_method():
     assert list(found) == [whole, ("cifar100", 4)]
     assert found[whole] == {"ind": {0: "IND 0", 1: "IND 1"}, "sila": {1: "SILA 1"}}
     assert found["cifar100", 4] == {"ind": {}, "sila": {}}
-
-
-def test_one_thread_gives_the_threads_back():
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(KeyError), early_exit.one_thread():
-            assert torch.get_num_threads() == 1
-            raise KeyError
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)

@@ -314,6 +314,10 @@ CONVOLUTIONS = [
     ((65, 64, 3, (2, 2), dict(padding=1), torch.bfloat16), True),
     ((65, 64, 3, (2, 2), dict(padding=1), torch.float32), False),
     ((65, 64, 3, (4, 4), {}, torch.bfloat16), False),
+    ((65, 64, 3, (2, 2), dict(padding=1, padding_mode="reflect"), torch.bfloat16), False),
+    ((129, 128, 3, (4, 4), dict(padding=1, dilation=2), torch.bfloat16), False),
+    ((129, 128, 3, (4, 4), dict(padding=1, stride=(2, 1)), torch.bfloat16), False),
+    ((129, 128, (3, 1), (4, 4), dict(padding=1), torch.bfloat16), False),
 ]
 
 
@@ -342,6 +346,23 @@ def test_a_convolution_with_a_small_map_is_torchs_own(layer, product):
         )
 
 
+@pytest.mark.parametrize("kernel, dtype", [(1, torch.float32), (3, torch.bfloat16)])
+def test_torch_func_differentiates_matrix_products(kernel, dtype):
+    conv = Conv2d(65, 64, kernel, padding=kernel // 2).to(dtype)
+    x = torch.randn(2, 65, 2, 2, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    own, names = dict(conv.named_parameters()), list(dict(conv.named_parameters()))
+    found = torch.func.grad(lambda p: torch.func.functional_call(conv, p, x).square().sum())(own)
+    expected = torch.autograd.grad(F.conv2d(x, *own.values(), padding=kernel // 2).square().sum(), own.values())
+    atol = (4 * 2**-8 if dtype == torch.bfloat16 else 1e-5) * max(g.abs().max().item() for g in expected)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol)
+
+
+def test_an_image_without_a_batch_is_convolved():
+    conv, image = Conv2d(8, 8, 1), torch.randn(8, 4, 4)
+    assert torch.equal(conv(image), F.conv2d(image, conv.weight, conv.bias))
+
+
 def test_small_maps_in_another_layout_are_convolved():
     conv = Conv2d(8, 8, 1)
-    assert "AddmmBackward0" not in nodes(conv(torch.randn(2, 8, 4, 4)))
+    assert {"ConvolutionBackward0", "MkldnnConvolutionBackward0"} & nodes(conv(torch.randn(2, 8, 4, 4)))

@@ -10,7 +10,7 @@ from torch import nn
 
 from silalib.losses import METHODS
 from silalib.models import MODELS, count_parameters, macs_by_layer
-from silalib.models.msdnet import LAYERS_OF_BLOCKS
+from silalib.models.msdnet import LAYERS_OF_BLOCKS, Concatenate
 
 
 def on_meta(name, classes=100, **arguments):
@@ -154,6 +154,18 @@ def test_an_exit_depends_on_its_own_blocks_alone():
     with torch.no_grad():
         for a, b in zip(network(x), network(x[1:2])):  # nor on the other images of the batch
             torch.testing.assert_close(a[1:2], b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_gradients_of_concatenated_channels(layout):
+    """First and second, against finite differences; and torch.func takes them too."""
+    parts = [torch.randn(2, n, 2, 2, dtype=torch.float64).to(memory_format=layout).requires_grad_() for n in (3, 1, 2)]
+    assert torch.equal(Concatenate.apply(*parts), torch.cat(parts, 1))
+    assert torch.autograd.gradcheck(Concatenate.apply, parts)
+    assert torch.autograd.gradgradcheck(Concatenate.apply, parts)
+    weight = torch.randn(2, 6, 2, 2, dtype=torch.float64)
+    found = torch.func.grad(lambda *x: (Concatenate.apply(*x) * weight).sum(), argnums=(0, 1, 2))(*parts)
+    assert all(torch.equal(a, b) for a, b in zip(found, weight.split([3, 1, 2], 1), strict=True))
 
 
 class OneByOne(nn.BatchNorm2d):

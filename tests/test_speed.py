@@ -4,13 +4,14 @@ import gc
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from silalib import bench, speed, trainer
 from silalib.__main__ import main
 from silalib.augment import epoch_plan
-from silalib.experiments import EXHIBITS
+from silalib.experiments import EXHIBITS, cifar_run
 from silalib.speed import PLAIN, Captured, Speed
 
 CPU = torch.device("cpu")
@@ -36,22 +37,51 @@ NETWORKS = {
     "resnet18": dict(nets=("resnet18",) * 2, width=0.25),
     "vgg13": dict(nets=("vgg13",), width=0.25, method="zero-peer"),
     "mobilenet": dict(nets=("mobilenet",), width=0.25, method="ind"),
+    "wrn16_10": dict(nets=("wrn16_10",), width=0.0625, method="ind"),
     "exits": dict(nets=("msdnet_anytime",), width=0.25, blocks=2),
 }
 
 
-@pytest.mark.parametrize("case", NETWORKS)
+@pytest.mark.parametrize("case", [*NETWORKS, pytest.param("densenet121", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [Speed(half=False), Speed()], ids=["float32", "bfloat16"])
 def test_fast_settings_follow_the_plain_path_for_20_steps(case, settings, tiny, tmp_path):
     """Float32 differs by the order of sums alone, which dropout and pooling spread: 1 percent of the NLL at most, 0.1
     on average. bfloat16 has 8 bits: 10 percent at most, 3 on average. A small rate keeps the trajectory from chaos."""
-    run = tiny(train_size=128, epochs=5, lr=0.01, warmup=0.0, **NETWORKS[case])
+    network = NETWORKS.get(case) or dict(nets=(case,), width=0.25, method="ind")
+    run = tiny(train_size=128, epochs=5, lr=0.01, warmup=0.0, **network)
     plain, _ = losses(run, PLAIN, tmp_path / "plain")
     fast, _ = losses(run, settings, tmp_path / "fast")
     assert plain[-4:].mean() < plain[:4].mean()  # it has learned something in between
     error = (fast - plain).abs() / plain
     assert error.max() < (0.1 if settings.half else 0.01)
     assert error.mean() < (0.03 if settings.half else 1e-3)
+
+
+def test_one_thread_gives_the_threads_back():
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), speed.one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+def test_fast_settings_end_as_accurate_as_the_plain_ones(tmp_path):
+    """On digits, as Table 1's quick trains: the means of three pairs differ by less than twice the spread of a run."""
+    top1 = {"fast": [], "plain": []}
+    for seed in range(3):
+        run = cifar_run("quick", ("resnet18", "resnet18"), method="sila", seed=seed)
+        for name, settings in (("fast", Speed()), ("plain", PLAIN)):
+            with torch.random.fork_rng():
+                args = (run, tmp_path / f"{name}{seed}", CPU, lambda: None, lambda **message: None, None)
+                record = trainer.Training(*args, speed=settings).finish()
+            top1[name] += [head["top1"] for head in record.heads]
+    fast, plain = (np.array(top1[name]) for name in top1)
+    assert min(*fast, *plain) > 80
+    assert abs(fast.mean() - plain.mean()) < 2 * np.sqrt((fast.var(ddof=1) + plain.var(ddof=1)) / 2)
 
 
 def recorded(function, inputs):

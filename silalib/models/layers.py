@@ -17,13 +17,21 @@ def channels_last(x):
 
 class Conv2d(nn.Conv2d):
     """A convolution that is computed as matrix products where that is faster: on a CPU, in channels-last layout, with
-    an output of at most 4x4 positions; a 3x3 one if it is in bfloat16 and wide."""
+    an output of at most 4x4 positions; a 3x3 one if it is in bfloat16 and wide. Any other is nn.Conv2d's own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        square = self.stride == (stride, stride) and self.kernel_size == (kernel, kernel)
+        usual = (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
+        self.usual = square and usual and self.padding == (kernel // 2, kernel // 2)
 
     def forward(self, x):
-        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        if not (self.usual and x.device.type == "cpu" and channels_last(x)):
+            return super().forward(x)
+        kernel, stride = self.kernel_size[0], self.stride[0]
         positions = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-        usual = self.groups == 1 and self.padding == (kernel // 2, kernel // 2)
-        if x.device.type == "cpu" and channels_last(x) and usual and positions <= SMALL_MAP:
+        if positions <= SMALL_MAP:
             if kernel == 1:
                 rows = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
                 return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -38,10 +46,13 @@ class Convolution3x3(torch.autograd.Function):
     """With padding 1, as matrix products: of the weights, or the gradient, and what the kernel sees at each place."""
 
     @staticmethod
-    def forward(ctx, x, weight, stride):
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
+    def forward(x, weight, stride):
         return product(x, weight.permute(0, 2, 3, 1).flatten(1).T, stride)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, ctx.stride = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, grad):

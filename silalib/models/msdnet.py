@@ -71,9 +71,12 @@ class Concatenate(torch.autograd.Function):
     """torch.cat of old and new channels. The gradient of the new ones is dense; that of the old is added to others."""
 
     @staticmethod
-    def forward(ctx, old, *new):
-        ctx.channels = [x.shape[1] for x in (old, *new)]
+    def forward(old, *new):
         return torch.cat([old, *new], 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.channels = [x.shape[1] for x in inputs]
 
     @staticmethod
     def backward(ctx, grad):
