@@ -125,16 +125,20 @@ class Judged:
         notes = []
         if self.stand_in:
             notes.append("stand-in data judge nothing in the paper")
-        if self.runs and len(self.seeds) < 2:
-            notes.append("fewer than two seeds")
-        parts = [f"{e.total} of {e.total + e.missing} cells" for e in self.effects if e.total and e.missing]
-        if parts:
-            notes.append(", ".join(dict.fromkeys(parts)))
+        single = [e.name for e in self.effects if e.seeds == 1]
+        if self.runs and single:
+            every = len(single) == sum(e.seeds > 0 for e in self.effects)
+            notes.append("fewer than two seeds" + ("" if every else f" of {' and '.join(single)}"))
+        parts = defaultdict(list)
+        for e in self.effects:
+            if e.total and e.missing:
+                parts[f"{e.total} of {e.total + e.missing} cells"].append(e.name)
+        notes += [f"{cells} of {' and '.join(names)}" for cells, names in parts.items()]
         missing = [effect.name for effect in self.effects if not effect.total]
         if self.runs and missing:
             notes.append(f"not run: {', '.join(missing)}")
         if self.runs and self.left_out:
-            notes.append(f"without {', '.join(self.left_out)}")
+            notes.append(f"without {', '.join(EXHIBITS[name].title for name in self.left_out)}")
         return "; ".join(notes)
 
 

@@ -80,7 +80,7 @@ def cifar_run(profile, nets, **changes):
 
 
 NOISE = {
-    "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2, hessian_images=16),
+    "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2, hessian_images=10),
     "small": dict(noise_images=1000, noise_sigmas=5, noise_draws=3),
     "short": dict(noise_images=10000),
     "paper": dict(noise_images=10000, hessian_images=500),
@@ -134,7 +134,7 @@ def table3(profile="quick", seeds=None):
     nets = TABLE3_NETS if profile != "small" else ("mobilenet",)
     pairs, seeds = [(net, net) for net in nets], seeds_for("table3", profile, seeds)
     if profile == "quick":
-        settings = lambda pair: QUICK_LONGER | dict(augment="autoaugment") | QUICK_TABLE3.get(pair[0], {})
+        settings = lambda pair: QUICK_LONGER | dict(augment="autoaugment") | QUICK_TABLE3[pair[0]]
         return alone_and_in_pairs(profile, seeds, pairs, ("ind", "sila"), settings)
     runs = []
     for dataset in ("cifar10", "cifar100"):
@@ -234,7 +234,7 @@ def coupling(profile="quick", seeds=None):
     all are narrower than Figure 3's, to save time.
     """
     cheaper = dict(width=0.0625) if profile == "quick" else {}
-    plain = dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0)
+    plain = dict(noise_images=0, noise_sigmas=10, noise_draws=10)
     runs = fig3(profile, seeds_for("coupling", profile, seeds))
     runs = [replace(run, **cheaper, **plain) for run in runs] if cheaper else runs
     for ind in [run for run in runs if run.method == "ind"]:
@@ -292,6 +292,14 @@ def training_images(run):
 def schedule(run):
     """What a figure is labelled with beside its `title`: epochs, training images, width."""
     return f"{run.epochs} epochs of {training_images(run)} training images, width {run.width:g}"
+
+
+def scale(profile):
+    """A sentence about how far a profile is from the paper's schedule; "" for the paper's own."""
+    if profile == "paper":
+        return ""
+    ours, papers = (schedule(table1(p)[0]) for p in (profile, "paper"))
+    return f"Not the paper’s scale: Table 1, for one, is trained for {ours}; in the paper for {papers}."
 
 
 def title(profile, dataset):

@@ -19,7 +19,7 @@ def filter_norms(parameter):
 
 
 def noise_directions(parameters, kind, seed, draw):
-    """Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or of its filter's norm ("filter")."""
+    """Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or about as long as its filter."""
     g = generator(seed, "noise", draw)
     directions = []
     for p in parameters:
@@ -79,8 +79,9 @@ def largest_eigenvalue(loss, parameters, scaled=False, steps=100, tolerance=1e-2
     """The largest signed Hessian eigenvalue of `loss()` by power iteration with Hessian-vector products.
 
     scaled: of the Hessian in coordinates relative to each filter's norm, which does not change when a filter and the
-    BatchNorm behind it are rescaled. Power iteration finds the eigenvalue of largest size; if it is negative, a second
-    one on the shifted Hessian finds the largest. Returns (eigenvalue, steps used, relative residual |Hv - ev| / |e|).
+    BatchNorm behind it are rescaled. Power iteration finds the eigenvalue of largest size; if it is negative, or two
+    of opposite sign are about as large, a second one on the shifted Hessian finds the largest.
+    Returns (eigenvalue, steps used, relative residual |Hv - ev| / |e|).
     """
     parameters = list(parameters)
     norms = [filter_norms(p).detach() for p in parameters] if scaled else None
@@ -102,12 +103,14 @@ def largest_eigenvalue(loss, parameters, scaled=False, steps=100, tolerance=1e-2
             if residual < tolerance:
                 break
             vector = _unit([i - shift * v for i, v in zip(image, vector)])
-        return value.item(), used, residual.item()
+        return value.item(), used, residual.item(), _dot(image, image).sqrt().item()
 
-    value, used, residual = iterate(0.0)
-    if value < 0:
-        value, more, residual = iterate(value)
+    value, used, residual, size = iterate(0.0)
+    if value < 0 or residual >= tolerance:
+        other, more, rest, _ = iterate(-size)
         used += more
+        if value < 0 or rest < residual:
+            value, residual = other, rest
     return value, used, residual
 
 

@@ -313,8 +313,8 @@ def stand_in(profile):
 
 
 def won_of(won, total, missing):
-    """Text of a count of cells: "3 of 4", with the grid's missing ones "3 of 4 (2 more not run)"; "" without any."""
-    return (f"{won} of {total}" + (f" ({missing} more not run)" if missing else "")) if total else ""
+    """Text of a count of cells: "3 of 4", with those that lack records "3 of 4 (2 more incomplete)"; "" without any."""
+    return (f"{won} of {total}" + (f" ({missing} more incomplete)" if missing else "")) if total else ""
 
 
 def seeds(counts, before=""):

@@ -100,6 +100,8 @@ def quadratic(eigenvalues):
     [
         ((1.0, 0.5, 7.0, 0.0, -2.0, 3.0), 7.0),
         ((1.0, 0.5, -7.0, 0.0, -2.0, 3.0), 3.0),  # the largest in size is negative
+        ((5.0, 1.0, -4.95, 0.0, 0.5, 0.2), 5.0),  # or nearly so
+        ((4.95, 1.0, -5.0, 0.0, 0.5, 0.2), 4.95),
         ((-1.0, -5.0, -7.0, -2.0, -2.0, -3.0), -1.0),  # all are
     ],
 )
@@ -144,7 +146,7 @@ def test_scaled_eigenvalue_does_not_see_a_rescaled_filter():
 def test_few_steps_are_reported_as_such():
     loss, parameters = quadratic((1.0, 0.9, 0.99, 0.98, 0.97, 0.96))
     _, steps, residual = largest_eigenvalue(loss, parameters, steps=3, tolerance=1e-6)
-    assert steps == 3
+    assert steps == 6  # three of them on the shifted Hessian
     assert residual > 1e-6
     assert all(p.grad is None for p in parameters)
 

@@ -153,7 +153,7 @@ def test_scores_say_which_cells_are_missing():
     better = made_up(grid, lambda run, head: 50.0 + (run.method == "sila") * (1 + run.seed / 10))
     kept = {run: record for run, record in better.items() if run.dataset == "cifar10"}
     cells = summary.cells(grid, kept, ("top1",), "table3")
-    assert summary.scores(cells, ("sila",)).iloc[0]["cells won, ours"] == "10 of 10 (10 more not run)"
+    assert summary.scores(cells, ("sila",)).iloc[0]["cells won, ours"] == "10 of 10 (10 more incomplete)"
     line = summary.verdicts(cells, ("sila",))
     assert "inconclusive, with 10 of 20 cells of the grid" in line and "above" not in line
 
