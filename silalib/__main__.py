@@ -181,13 +181,13 @@ def status(options):
     from .runs import damage, failure, find, load, state
 
     labels = ("done", "running", "started", "pending", "failed", "damaged")
-    rows, speeds, left, reasons, known = [], [], {}, {}, {}
+    rows, speeds, left, reasons, known = [], {}, {}, {}, {}
     for name, grid in grids(options).items():
         states = {run: known.get(run) or known.setdefault(run, state(run)) for run in grid}
         rows.append((name, [list(states.values()).count(label) for label in labels]))
         for run, label in states.items():
             if label == "done" and find(run).parent.parent.name == options.profile:
-                speeds.append(load(run).result["provenance"]["seconds"] / cost(run))
+                speeds[run] = speeds.get(run) or load(run).result["provenance"]["seconds"] / cost(run)
             elif label != "damaged":
                 left[run] = cost(run)
             if label == "failed" and (found := failure(run)):
@@ -201,7 +201,7 @@ def status(options):
     for reason in reasons.values():
         print(reason)
     if left and speeds:
-        each = sum(left.values()) * sum(speeds) / len(speeds)
+        each = sum(left.values()) * sum(speeds.values()) / len(speeds)
         print(f"about {duration(each)} left for one worker, at the speed of the {len(speeds)} finished runs")
     return 0
 
@@ -234,7 +234,7 @@ def fetch_data(options):
     images = data.load(name)
     if spec.prepared and not options.source:
         folders.verify(data.data_folder() / spec.folder)
-    where = data.data_folder() / spec.folder if spec.folder else "scikit-learn"
+    where = f"in {data.data_folder() / spec.folder}, verified" if spec.folder else "without a file to download"
     train, test = len(images.train_labels), len(images.test_labels)
     if (train, test) != (spec.train, spec.test):
         print(
@@ -242,7 +242,7 @@ def fetch_data(options):
             f"{train:,} and {test:,}: results will not compare with the paper's",
             file=sys.stderr,
         )
-    print(f"{spec.title}: {train} training and {test} test images in {where}, verified")
+    print(f"{spec.title}: {train} training and {test} test images {where}")
     return 0
 
 

@@ -229,6 +229,8 @@ def gains(fig, columns):
         points = [effect for _, effect in rows if effect.unit == "points"]
         y = [row + 0.2 * (i - (len(columns) - 1) / 2) for row in range(len(points))]
         means, halves = [effect.mean for effect in points], [effect.half for effect in points]
+        if not any(effect.total for effect in points):
+            continue  # no entry in the legend
         ax.errorbar(means, y, xerr=halves, fmt="xosD"[i], color=colours[i], label=label)
     rows = [row for row in zip(*columns.values()) if row[0][1].unit == "points"]
     for y, (_, *own) in enumerate(rows):

@@ -21,7 +21,7 @@ from pathlib import Path
 from . import claims, launch, runs
 from .data import dataset
 from .errors import Stopped, UserError
-from .experiments import EXHIBITS, check_profile
+from .experiments import EXHIBITS, check_profile, scale
 from .paths import ROOT, results_folder
 from .progress import duration
 
@@ -248,7 +248,7 @@ def write_index(profile, seeds=None):
         first_table = re.search(r"<table.*?</table>", content, re.DOTALL)
         cards.append({"stem": stem, "title": title, "image": image, "table": first_table, **card})
     score = claims.score(claims.judge(profile, seeds))
-    index = template("index").render(profile=profile, cards=cards, score=score)
+    index = template("index").render(profile=profile, cards=cards, score=score, scale=scale(profile))
     runs.write_atomically(folder / "index.html", index.encode())
 
 
@@ -297,16 +297,18 @@ def provenance(stem, profile, seeds):
     exhibits = NOTEBOOKS[stem][1]
     if not exhibits:
         return [("profile", profile)], {}
-    grid = list(dict.fromkeys(run for name in exhibits for run in EXHIBITS[name].grid(profile, seeds)))
+    grids = {name: EXHIBITS[name].grid(profile, seeds) for name in exhibits}
+    grid = list(dict.fromkeys(run for runs_of_one in grids.values() for run in runs_of_one))
     records = runs.ensure(grid, profile, train=False)
     origins = [record.result["provenance"] for record in records.values()]
     parts = [part for origin in origins for part in origin.get("parts", [origin])]  # a run may go on elsewhere
     trained = sorted({origin["finished"][:10] for origin in origins})
     code = [part["silalib"].get("commit", part["silalib"]["code"]) for part in parts]
     data = [f"{dataset(r.dataset).title}, {o['train_images']:,} training images" for r, o in zip(records, origins)]
+    planned, found = (", ".join(map(str, sorted({run.seed for run in group}))) for group in (grid, records))
     facts = [
         ("profile", profile),
-        ("seeds", ", ".join(map(str, sorted({run.seed for run in grid})))),
+        ("seeds", found if found in ("", planned) else f"{found} (planned: {planned})"),
         ("data", listed(data)),
         ("device", listed(part["device"] for part in parts)),
         ("precision", listed(part["precision"] for part in parts)),
@@ -318,6 +320,7 @@ def provenance(stem, profile, seeds):
     counts = {"runs": len(grid), "missing": len(grid) - len(records), "trained": sum(o["seconds"] for o in origins)}
     left_out = {run: runs.state(run) for run in grid if run not in records}
     counts["damaged"] = list(left_out.values()).count("damaged")
+    counts["lacking"] = [name for name, runs_of_one in grids.items() if not records.keys() >= set(runs_of_one)]
     counts["failed"] = [runs.failure(run)["error"] for run, state in left_out.items() if state == "failed"]
     return [(label, text) for label, text in facts if text], counts
 

@@ -190,7 +190,7 @@ class Run:
 
     def __str__(self):
         blocks = f" with {self.blocks} blocks" if self.blocks else ""
-        return f"{self.dataset} {'+'.join(self.nets)}{blocks} {LABELS[self.method]} seed {self.seed}"
+        return f"{self.dataset} {'+'.join(self.nets)}{blocks} {LABELS.get(self.method, self.method)} seed {self.seed}"
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_only_what_is_between_the_marks_is_written(copy, monkeypatch):
 
 def test_effects_in_cells():
     two = Effect("top-1", "points", 1.5, 0.25, seeds=3, won=1, total=2, missing=4, runs=(SimpleNamespace(),))
-    assert readme.in_cell(two) == "+1.50 ± 0.25, 1 of 2 (4 more not run), 3 seeds"
+    assert readme.in_cell(two) == "+1.50 ± 0.25, 1 of 2 (4 more incomplete), 3 seeds"
     assert readme.in_cell(Effect("top-1", "points", missing=4)) == ""
     assert readme.in_cell(Effect("top-1", "points", 1.5, won=3, total=3)) == "+1.50, 3 of 3"
     assert [readme.named(Effect(name, unit)) for name, unit in (("x", "nats"), ("a ratio", "ratio"))] == [

@@ -236,7 +236,7 @@ def test_page_names_its_records(record):
     content = page("# A tiny table", stem="01_tiny")
     origin = record.result["provenance"]
     facts = dict(re.findall(r"<dt>(.*?)</dt> <dd>(.*?)</dd>", content))
-    assert facts["profile"] == "quick" and facts["seeds"] == "0, 7" and facts["runs"] == "1 of 2"
+    assert facts["profile"] == "quick" and facts["seeds"] == "0 (planned: 0, 7)" and facts["runs"] == "1 of 2"
     assert facts["data"] == "digits (8x8, enlarged), 64 training images"
     assert facts["versions"] == f"PyTorch {origin['torch']}, Python {origin['python']}"
     assert facts["trained"] == origin["finished"][:10] and facts["precision"] == origin["precision"]
@@ -264,13 +264,20 @@ def test_index_lists_every_notebook_with_its_state(record, results):
     cards = re.findall(r"<li>.*?</li>", index, re.DOTALL)
     assert len(cards) == 3
     assert "claims: 8 not run" in index
-    assert ">done<" in cards[0] and cards[0].count("<tr>") == 6
+    assert ">8 not run<" in cards[0] and cards[0].count("<tr>") == 6  # a page without runs of its own: the claims
     assert "1 of 2 runs not run" in cards[1] and "of training" in cards[1] and "of training" not in cards[0]
     assert ">not built<" in cards[2]
     (folder / "02_other.html").write_text(report.plain_page("02_other", "quick", "failed", "E: <b>"), encoding="utf-8")
     report.write_index("quick")
     index = (folder / "index.html").read_text(encoding="utf-8")
     assert ">failed<" in index and "E: &lt;b&gt;" in index
+    (folder.parent / "runs" / record.run.key / "result.json").write_text("{", encoding="utf-8")
+    damaged = page("# Tiny", stem="01_tiny")
+    assert "2 of 2 runs of this page are missing (1 with a damaged record)" in damaged
+    (folder / "01_tiny.html").write_text(damaged, encoding="utf-8")
+    report.write_index("quick")
+    index = (folder / "index.html").read_text(encoding="utf-8")
+    assert "1 of 2 records damaged" in index and "1 of 2 runs not run" in index
     for path in folder.iterdir():
         elements = Elements(path.read_text(encoding="utf-8"))
         assert not elements.open
