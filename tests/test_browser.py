@@ -22,8 +22,8 @@ Text with $e^{z_c}$ and a [link](09_claims.ipynb).
 
 ## A formula that is wide, and a long_name_that_has_no_place_to_break_in_all_of_its_many_many_letters_of_text
 
-$$L = \\sum_{c=1}^{C} z_c + \\sum_{c=1}^{C} z_c + \\sum_{c=1}^{C} z_c + \\sum_{c=1}^{C} z_c + \\sum_{c=1}^{C} z_c$$
-"""
+$$L = FORMULA$$
+""".replace("FORMULA", " + ".join(20 * ["\\sum_{c=1}^{C} z_c"]))  # wide in any font
 
 
 @pytest.fixture(scope="module")
