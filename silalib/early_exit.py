@@ -64,7 +64,7 @@ def anytime(record):
 
 # -- budgeted batch classification
 
-SWEEP = tuple(np.geomspace(1 / 20, 20, 41).tolist())
+SWEEP = np.geomspace(1 / 20, 20, 41).tolist()
 """Values of q from nearly every sample at the first exit to nearly every one at the last."""
 
 
@@ -146,32 +146,48 @@ def evaluate(confidence, correct, limits, costs):
 def kept(record, split):
     """(confidence, predicted, labels) of a record's "test" or "calibration" images; (C, n), (C, n), (n,).
 
-    Raises UserError where the run held no images out.
+    Raises UserError where the run held no images out, and where what is known of each image was not kept.
     """
-    if not record.run.holdout:
-        raise UserError(f"{record.run} held no images out to choose thresholds from: train it with holdout above 0")
+    _held_out(record)
     prefix = "calibration_" if split == "calibration" else ""
-    stack = lambda name: np.stack([record.test[f"{prefix}{name}_{k}"] for k in range(len(record.heads))])
-    return stack("confidence"), stack("predicted"), record.test[f"{prefix}labels"]
+    confidence, predicted = (_of_exits(record.test, f"{prefix}{name}") for name in ("confidence", "predicted"))
+    return confidence, predicted, record.test[f"{prefix}labels"]
 
 
-def budgeted(record, sweep=SWEEP):
+def _of_exits(arrays, name):
+    """The arrays name_0, name_1 .. of all exits, stacked."""
+    return np.stack([arrays[f"{name}_{k}"] for k in range(sum(key.startswith(f"{name}_") for key in arrays))])
+
+
+def sweep(arrays, costs):
+    """What training keeps of budgeted batch classification: a dict for each q of SWEEP, the rows of budgeted.csv.
+
+    arrays: those of test.npz, with images held out. Keys: q; macs, top1; the exits' threshold_0, threshold_1 .. and
+    share_0, share_1 ..
+    """
+    held_out = _of_exits(arrays, "calibration_confidence")
+    confidence, predicted = _of_exits(arrays, "confidence"), _of_exits(arrays, "predicted")
+    rows = []
+    for q in SWEEP:
+        limits = thresholds(held_out, fractions(q, len(costs)))
+        result = evaluate(confidence, predicted == arrays["labels"], limits, costs)
+        row = {"q": q, "macs": result["macs"], "top1": result["top1"]}
+        row |= {f"threshold_{k}": float(limit) for k, limit in enumerate(limits)}
+        rows.append(row | {f"share_{k}": float(share) for k, share in enumerate(result["shares"])})
+    return rows
+
+
+def budgeted(record):
     """Budgeted batch classification (Figure 4): a data frame with a row for each q of the sweep.
 
     Columns: q; macs and top1 (percent) of the test images; thresholds and shares, a list with one entry per exit, the
-    thresholds chosen on the run's held-out images and the shares those of the test images.
+    thresholds chosen on the run's held-out images and the shares those of the test images. Raises UserError where the
+    run held no images out.
     """
-    import pandas as pd
-
-    held = kept(record, "calibration")[0]
-    confidence, predicted, labels = kept(record, "test")
-    costs = [head["macs_budgeted"] for head in record.heads]
-    rows = []
-    for q in sweep:
-        limits = thresholds(held, fractions(q, len(costs)))
-        result = evaluate(confidence, predicted == labels, limits, costs)
-        rows.append({"q": q, "thresholds": limits.tolist()} | result | {"shares": result["shares"].tolist()})
-    return pd.DataFrame(rows)
+    _held_out(record)
+    table = record.budgeted
+    listed = lambda name: table[[f"{name}_{k}" for k in range(len(record.heads))]].to_numpy().tolist()
+    return table[["q", "macs", "top1"]].assign(thresholds=listed("threshold"), shares=listed("share"))
 
 
 def at_costs(curve, costs):
@@ -193,6 +209,11 @@ def gains_at_equal_costs(curves, baselines, points=50):
         return np.empty((0, points))
     costs = np.linspace(lowest, highest, points)
     return np.array([at_costs(curve, costs) - at_costs(other, costs) for curve, other in zip(curves, baselines)])
+
+
+def _held_out(record):
+    if not record.run.holdout:
+        raise UserError(f"{record.run} held no images out to choose thresholds from: train it with holdout above 0")
 
 
 # -- inference

@@ -199,9 +199,9 @@ class Record:
 
     result: final metrics per head (a list, with the curvature if it was measured), provenance. history: data frame
     with a row per epoch and head.
-    test, features: arrays by name, one entry per head with suffix _0, _1 ..; noise: data frame. With images held out,
-    test has their labels, confidence and predicted class too (calibration_*). Reading a part that
-    was not measured, is missing or is damaged raises UserError.
+    test, features: arrays by name, one entry per head with suffix _0, _1 ..; noise, budgeted: data frames. With images
+    held out, test has their labels, confidence and predicted class too (calibration_*). Reading a part that
+    was not measured, was not kept, is missing or is damaged raises UserError.
     """
 
     run: Run
@@ -221,6 +221,10 @@ class Record:
         return self._table("noise.csv")
 
     @cached_property
+    def budgeted(self):
+        return self._table("budgeted.csv")
+
+    @cached_property
     def test(self):
         return self._arrays("test.npz")
 
@@ -233,10 +237,17 @@ class Record:
         expected = self.result["files"].get(name)
         if expected is None:
             raise UserError(f"the record {self.path} has no {name}: the run was not asked for it")
+        if not self.keeps(name):
+            raise UserError(f"{name} of {self.run.key} was not kept: delete {self.path} and train the run again")
         content = read_bytes(self.path / name)
         if sha256(content) != expected:
             raise Damaged(self.path / name, AGAIN)
         return content
+
+    def keeps(self, name):
+        """False for a file that is not here and need not be: weights, and at every exit what it makes of each image."""
+        large = ("weights.safetensors", "test.npz") if self.run.nets[0] in EXITS else ("weights.safetensors",)
+        return name not in large or (self.path / name).exists()
 
     def _table(self, name):
         import pandas as pd
@@ -371,7 +382,7 @@ def load(run):
     """The Record of a finished run.
 
     Raises UserError where it is missing, or of another protocol or other data, and Damaged where a file is not what
-    was written; weights, which need not be kept, are read and verified by `load_network`.
+    was written; weights are read and verified by `load_network`.
     """
     folder = find(run)
     if folder is None:
@@ -388,7 +399,7 @@ def load_folder(run, folder):
         result["heads"], result["provenance"]
         record = Record(run, folder, result)
         for name in result["files"]:
-            if not name.endswith(".safetensors"):  # which need not be kept
+            if name != "weights.safetensors" and record.keeps(name):
                 record.read(name)
         path = folder / "run.json"
         identity = json.loads(read_bytes(path))
@@ -412,7 +423,7 @@ def damage(run):
         return None
     try:
         record = load(run)
-        if (record.path / "weights.safetensors").exists():
+        if record.keeps("weights.safetensors"):
             record.read("weights.safetensors")
     except UserError as error:
         return error
@@ -594,8 +605,6 @@ def load_network(run, head=0):
     if not 0 <= head < len(run.nets):
         known = f"heads 0 to {len(run.nets) - 1}" if len(run.nets) > 1 else "one network: leave head at 0"
         raise UserError(f"head {head}: this run has {known}")
-    if not (record.path / "weights.safetensors").exists():
-        raise UserError(f"the weights of {run.key} were not kept: delete {record.path} and train the run again")
     tensors = load_tensors(record.read("weights.safetensors"))
     network = run.network(head)
     prefix = f"{head}."

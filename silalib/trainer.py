@@ -389,13 +389,17 @@ class Training:
         if parts is None:  # the first process writes the record
             return None
         heads, arrays, features, noise, weights = zip(*parts)
-        files = {"history.csv": to_csv(self.rows), "test.npz": to_npz(union(arrays))}
+        heads, arrays = list(chain(*heads)), union(arrays)
+        files = {"history.csv": to_csv(self.rows), "test.npz": to_npz(arrays)}
+        if run.holdout and run.nets[0] in EXITS:
+            costs = [head["macs_budgeted"] for head in heads]
+            files["budgeted.csv"] = to_csv(early_exit.sweep(arrays, costs))
         if embed:
             files["features.npz"] = to_npz(union(features))
         if run.noise_images:
             files["noise.csv"] = to_csv(list(chain(*noise)))
         files["weights.safetensors"] = to_safetensors(union(weights))
-        result = {"heads": list(chain(*heads)), "provenance": self.provenance(time.monotonic() - began)}
+        result = {"heads": heads, "provenance": self.provenance(time.monotonic() - began)}
         return write_record(run, self.folder, result, files)
 
     def calibration(self):

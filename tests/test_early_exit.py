@@ -10,7 +10,7 @@ from silalib import early_exit, experiments, trainer
 from silalib.early_exit import EarlyExit, UpTo, evaluate, exit_costs, fractions, fractions_for, leaves_at, thresholds
 from silalib.errors import UserError
 from silalib.models import EXITS, MODELS, count_macs
-from silalib.runs import load_network
+from silalib.runs import load, load_network, state
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +352,30 @@ def test_anytime_curve_of_a_record(budgeted_record):
     last = budgeted_record.history.tail(3)
     assert curve["top1"].tolist() == last["test_top1"].tolist()
     assert curve["nll"].tolist() == last["test_nll"].tolist()
+
+
+def test_the_curve_is_read_as_it_was_measured(budgeted_record):
+    """To the last bit: a threshold is one of the confidences, and images at it must not change sides."""
+    curve = early_exit.budgeted(budgeted_record)
+    held = early_exit.kept(budgeted_record, "calibration")[0]
+    confidence, predicted, labels = early_exit.kept(budgeted_record, "test")
+    for row in curve.to_dict("records"):
+        assert row["thresholds"] == thresholds(held, fractions(row["q"], 3)).tolist()
+        exits = leaves_at(confidence, row["thresholds"])
+        assert row["shares"] == (np.bincount(exits, minlength=3) / 500).tolist()
+        assert row["top1"] == 100 * (predicted[exits, np.arange(500)] == labels).mean()
+
+
+def test_without_what_it_made_of_each_image_the_curve_is_still_there(budgeted_record):
+    curve = early_exit.budgeted(budgeted_record)
+    (budgeted_record.path / "test.npz").unlink()
+    record = load(budgeted_record.run)
+    assert state(record.run) == "done" and early_exit.budgeted(record).equals(curve)
+    with pytest.raises(UserError, match=r"test.npz of .* was not kept: delete .* and train the run again"):
+        early_exit.kept(record, "test")
+    (record.path / "test.npz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"test\.npz is damaged"):
+        load(record.run)
 
 
 def test_a_run_that_held_nothing_out_has_no_budgeted_curve(record):
