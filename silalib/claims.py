@@ -122,21 +122,21 @@ class Judged:
     @property
     def note(self):
         """Why the verdict is not better, in words; "" where nothing is to be said."""
-        notes = []
+        notes, listed = [], lambda names: " and ".join(f'"{name}"' for name in names)
         if self.stand_in:
             notes.append("stand-in data judge nothing in the paper")
         single = [e.name for e in self.effects if e.seeds == 1]
         if self.runs and single:
             every = len(single) == sum(e.seeds > 0 for e in self.effects)
-            notes.append("fewer than two seeds" + ("" if every else f" of {' and '.join(single)}"))
+            notes.append("fewer than two seeds" + ("" if every else f" of {listed(single)}"))
         parts = defaultdict(list)
         for e in self.effects:
             if e.total and e.missing:
                 parts[f"{e.total} of {e.total + e.missing} cells"].append(e.name)
-        notes += [f"{cells} of {' and '.join(names)}" for cells, names in parts.items()]
+        notes += [f"{cells} of {listed(names)}" for cells, names in parts.items()]
         missing = [effect.name for effect in self.effects if not effect.total]
         if self.runs and missing:
-            notes.append(f"not run: {', '.join(missing)}")
+            notes.append(f"{listed(missing)} not run")
         if self.runs and self.left_out:
             notes.append(f"without {', '.join(EXHIBITS[name].title for name in self.left_out)}")
         return "; ".join(notes)
