@@ -65,9 +65,18 @@ class Effect:
 
     def __str__(self):
         """The mean with its interval and unit; "" without records."""
+        return f"{self.number} {self.unit}".strip() if self.number else ""
+
+    @property
+    def number(self):
+        """The mean with its interval; "" without records."""
         digits = 0 if self.exact else 4 if self.unit in ("ratio", "nats") else 2
-        text = summary.plus_minus(self.mean, np.nan if self.exact else self.half, digits, signed=not self.exact)
-        return f"{text} {self.unit}".strip() if text else ""
+        return summary.plus_minus(self.mean, np.nan if self.exact else self.half, digits, signed=not self.exact)
+
+    @property
+    def named(self):
+        """The name with the unit."""
+        return self.name if self.unit in self.name else f"{self.name} ({self.unit})"
 
     @property
     def over_images(self):
@@ -132,7 +141,7 @@ class Judged:
         parts = defaultdict(list)
         for e in self.effects:
             if e.total and e.missing:
-                parts[f"{e.total} of {e.total + e.missing} cells"].append(e.name)
+                parts[f"records for only {e.total} of {e.total + e.missing} cells"].append(e.name)
         notes += [f"{cells} of {listed(names)}" for cells, names in parts.items()]
         missing = [effect.name for effect in self.effects if not effect.total]
         if self.runs and missing:
@@ -288,7 +297,7 @@ def exits(found):
                 a, b = found.records[run].heads[k], found.records[alone].heads[k]
                 gain = a["top1"] - b["top1"] if a["macs"] == b["macs"] else np.nan
             rows.append(row((*network(run), k), run.seed, gain, run, alone, k, k))
-    yield effect("top-1 of each exit, anytime", "points", rows, found.records, "top1")
+    yield effect("top-1 of each exit (anytime), SiLa over IND", "points", rows, found.records, "top1")
     networks = defaultdict(list)
     for pair in with_alone(found, "fig4"):
         networks[network(pair[0])].append(pair)
@@ -298,7 +307,7 @@ def exits(found):
         curves, baselines = ([early_exit.budgeted(found.records[pair[i]]) for pair in done] for i in (0, 1))
         gains = dict(zip(done, early_exit.gains_at_equal_costs(curves, baselines).mean(axis=1)))
         rows += [row(cell, pair[0].seed, gains.get(pair, np.nan), *pair) for pair in pairs]
-    yield effect("top-1 of each network at equal average costs, budgeted", "points", rows)
+    yield effect("top-1 at equal average costs (budgeted), SiLa over IND", "points", rows)
 
 
 def with_alone(found, exhibit):
@@ -341,7 +350,7 @@ def robust(found):
             for run, alone in beside_ind(found, "fig7", method)
             for head in range(len(run.nets))
         ]
-        yield effect(f"change under noise, {LABELS[method]} below IND", "nats", rows)
+        yield effect(f"change under absolute noise, {LABELS[method]} below IND", "nats", rows)
 
 
 def change(record, head, kind="absolute"):

@@ -263,7 +263,7 @@ EXHIBITS = {
     "fig4": Exhibit("Figure 4: budgeted batch classification", fig4, "05_fig4_budgeted_batch"),
     "fig5": Exhibit("Figure 5: anytime prediction", fig5, "06_fig5_anytime"),
     "fig6": Exhibit("Figure 6: features on MNIST", fig6, "07_fig6_mnist_features"),
-    "fig7": Exhibit("Figure 7: why SiLa works", fig7, "08_fig7_robustness"),
+    "fig7": Exhibit("Figure 7: training NLL and robustness", fig7, "08_fig7_robustness"),
     "coupling": Exhibit("The coupling", coupling, "08_fig7_robustness"),
 }
 

@@ -40,14 +40,15 @@ def gains(rows, methods, title):
     for i, method in enumerate(methods):
         part = top1[top1["method"] == LABELS[method]]
         y = [names.index(key) + 0.2 * (i - (len(methods) - 1) / 2) for key in zip(part["pair"], part["net"])]
-        ax.errorbar(part["gain"], y, xerr=part["gain_half"], fmt="o", color=COLOURS[method], label=LABELS[method])
+        label = LABELS[method] if part["gain"].notna().any() else None
+        ax.errorbar(part["gain"], y, xerr=part["gain_half"], fmt="o", color=COLOURS[method], label=label)
         ax.plot(part["paper_gain"], y, "x", color=COLOURS[method], alpha=0.6)
     ax.plot([], [], "x", color="#777777", label="the paper's gain")
     ax.axvline(0, color="#333333", linewidth=1)
     ax.set_yticks(range(len(names)), [f"{pair}, Net{net}" for pair, net in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("gain in top-1 over IND (percentage points)")
-    ax.set_title(f"{title}{summary.seeds(top1['gain_n'], ', ')}", loc="right")
+    ax.set_title(f"{title}{summary.seeds(top1['gain_n'], ', ') or ', not run'}", loc="right")
     fig.legend(loc="outside lower center", ncols=len(methods) + 1)
     return fig
 

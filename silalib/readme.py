@@ -85,7 +85,7 @@ def in_words(found, judged, columns):
     """Markdown. columns: what stands above a column of the table -> what `compared` gives."""
     rows = []
     for (name, paper), *own in zip(*columns.values(), strict=True):
-        row = [short_title(name), named(paper), in_cell(paper) or "-"]
+        row = [short_title(name), paper.named, in_cell(paper) or "-"]
         rows.append(row + [in_cell(effect) or "not run" for _, effect in own])
     names = list(columns)[1:]
     verdicts = [[f"{c[0].number}. {c[0].claim}", *(own.verdict for own in c)] for c in zip(*judged.values())]
@@ -94,7 +94,9 @@ def in_words(found, judged, columns):
         table(["exhibit", "what is compared", *columns], rows),
         "IND: trained alone. DML: deep mutual learning. A number is a mean over network rows, exits or networks, with"
         " its 95% interval over seeds (one seed has none); positive speaks for the paper's claim. After it: how many"
-        " cells go the claim's way, in a table those of all its metrics, and how many more the profile has.\n",
+        " cells go the claim's way, in a table those of all its metrics, and how many more the profile has.",
+        *on_the_same_rows(found),
+        "",
         table(["the paper's claim", *names], verdicts),
         table(["trained for", "profile", "training", "runs", "seeds", "time", "hardware"], trainings(found)),
     ]
@@ -107,15 +109,11 @@ def table(header, rows):
     return plots.markdown(pd.DataFrame(rows, columns=header))
 
 
-def named(effect):
-    return effect.name if effect.unit in effect.name else f"{effect.name} ({effect.unit})"
-
-
 def in_cell(effect):
     """An effect in a cell of the table, without its unit; "" without records."""
     cells = summary.won_of(effect.won, effect.total, effect.missing)
     seeds = summary.seeds([effect.seeds], ", ") if effect.runs else ""  # the paper prints none
-    return f"{str(effect).removesuffix(f' {effect.unit}')}, {cells}{seeds}" if effect.total else ""
+    return f"{effect.number}, {cells}{seeds}" if effect.total else ""
 
 
 def how_far(found, judged):
@@ -151,6 +149,24 @@ def alone(evidence):
                 f"Trained alone, {row['network']} reaches {summary.plus_minus(row['mean'], row['half'])}% top-1 on "
                 f"{row['dataset']}; the paper prints {row['paper']:.2f}%."
             )
+
+
+def on_the_same_rows(found):
+    """A sentence for each table of which a profile has some networks: what the paper prints for these."""
+    for profile, evidence in found.items():
+        for name, methods in TABLES.items():
+            cells = summary.cells(evidence.grids[name], evidence.records, ("top1",), name)
+            done, every = (
+                {pair for pair in part["pair"] if "+" in pair}
+                for part in (cells[cells["value"].notna()], summary.printed(name))
+            )
+            if done and done < every:
+                own = cells[cells["pair"].isin(done)]
+                gains = [f"{summary.score(own, m, 'paper_gain').mean:+.2f} ({LABELS[m]})" for m in methods]
+                yield (
+                    f"Of {short_title(name)}, profile {profile} has {', '.join(sorted(done))} alone, where the paper "
+                    f"prints {', '.join(gains)}."
+                )
 
 
 def trained_for(evidence):

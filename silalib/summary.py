@@ -164,7 +164,7 @@ def cells(grid, records, metrics, table=None):
     if table:
         paper = printed(table)
         numbers = _with_gains(paper).rename(columns={"dataset": "beside", "value": "paper", "gain": "paper_gain"})
-        numbers = numbers[["beside", *keys, "paper", "paper_gain"]].round({"paper_gain": 4})
+        numbers = numbers[["beside", *keys, "paper", "paper_gain"]]
         frame = frame.assign(beside=in_the_paper(frame, paper)).merge(numbers, "left", ["beside", *keys])
     else:
         frame = frame.assign(paper=np.nan, paper_gain=np.nan)

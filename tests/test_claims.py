@@ -261,7 +261,7 @@ def test_a_part_of_a_table_is_not_its_verdict():
     assert top1.verdict == claim.verdict == "inconclusive"
     left_out = "without Table 1: CIFAR-100, Table 3: AutoAugment"
     names = " and ".join(f'"{metric}, SiLa over IND"' for metric in ("Top-1", "Top-5", "BEST", "NLL"))
-    assert claim.note == f"2 of 6 cells of {names}; {left_out}"
+    assert claim.note == f"records for only 2 of 6 cells of {names}; {left_out}"
     # claim 2 counts the signs of four metrics
     sila = judge_all(evidence({"table2": grid}, records))[1].effects[0]
     assert (sila.won, sila.total, sila.missing, sila.verdict) == (8, 8, 16, "inconclusive")
@@ -282,8 +282,8 @@ def test_a_missing_exit_and_a_missing_network_are_counted():
     claim = judge_all(evidence({name: grid + more[name] for name, grid in found.grids.items()}, found.records))[4]
     assert [(e.total, e.missing) for e in claim.effects] == [(3, 5), (1, 1)]
     assert claim.verdict == "inconclusive"
-    anytime, budgeted = (effect.name for effect in claim.effects)
-    assert claim.note == f'3 of 8 cells of "{anytime}"; 1 of 2 cells of "{budgeted}"'
+    only, (anytime, budgeted) = "records for only", (effect.name for effect in claim.effects)
+    assert claim.note == f'{only} 3 of 8 cells of "{anytime}"; {only} 1 of 2 cells of "{budgeted}"'
     only_anytime = {run: record for run, record in found.records.items() if run in found.grids["fig5"]}
     assert judge_all(evidence(found.grids, only_anytime))[4].note.startswith(f'"{budgeted}" not run; without Figure 4')
 
@@ -295,7 +295,8 @@ def test_a_network_without_a_record_may_have_other_parameters():
     assert claim().verdict == "reproduced"
     for run in [run for run in grid if run.method == "sila" and set(run.nets) == {"vgg13"}]:
         del records[run]
-    assert (claim().verdict, claim().note) == ("inconclusive", '8 of 10 cells of "parameters added to a network"')
+    short = "records for only 8 of 10 cells of"
+    assert (claim().verdict, claim().note) == ("inconclusive", f'{short} "parameters added to a network"')
     # more in one seed and fewer in another is no equality
     first, second = (run for run in grid if run.method == "ind" and run.nets == ("resnet18",) and run.seed < 2)
     records[first].heads[0]["parameters"], records[second].heads[0]["parameters"] = 0, 2
@@ -316,7 +317,8 @@ def test_a_seed_in_progress_and_a_table_that_was_not_run():
     claim = judge_all(evidence(found.grids | planned, kept))[0]
     assert [effect.name.split(",")[0] for effect in claim.effects] == ["Top-1", "Top-5", "BEST", "NLL"]
     assert [(effect.total, effect.missing) for effect in claim.effects] == [(10, 20), (10, 10), (10, 0), (10, 0)]
-    cells = '10 of 30 cells of "Top-1, SiLa over IND"; 10 of 20 cells of "Top-5, SiLa over IND"'
+    only = "records for only"
+    cells = f'{only} 10 of 30 cells of "Top-1, SiLa over IND"; {only} 10 of 20 cells of "Top-5, SiLa over IND"'
     assert claim.note == f"{cells}; {left_out}"
 
 
