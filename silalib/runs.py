@@ -236,7 +236,8 @@ class Record:
         """The bytes of one of the record's files, checked against result.json."""
         expected = self.result["files"].get(name)
         if expected is None:
-            raise UserError(f"the record {self.path} has no {name}: the run was not asked for it, or is older than it")
+            older = "or is older than it: then delete the folder and train the run again"
+            raise UserError(f"the record {self.path} has no {name}: the run was not asked for it, {older}")
         if not self.keeps(name):
             raise UserError(f"{name} of {self.run.key} was not kept: delete {self.path} and train the run again")
         content = read_bytes(self.path / name)

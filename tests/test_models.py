@@ -277,11 +277,11 @@ def test_mobilenet_has_four_stages_of_half_the_size():
 
 def nodes(tensor):
     """Names of what its gradient passes through."""
-    found, todo = set(), [tensor.grad_fn]
-    while todo:
-        if (node := todo.pop()) is not None:
+    found, ahead = set(), [tensor.grad_fn]
+    while ahead:
+        if (node := ahead.pop()) is not None:
             found.add(type(node).__name__)
-            todo += [parent for parent, _ in node.next_functions]
+            ahead += [parent for parent, _ in node.next_functions]
     return found
 
 

@@ -196,6 +196,17 @@ def test_one_seed_is_drawn_without_a_bar():
         plots.plt.close(fig)
 
 
+def test_a_figure_of_gains_without_records_says_so():
+    """It holds the paper's crosses alone, so no method of ours is in its legend."""
+    from silalib import plots
+
+    rows = summary.over_seeds(summary.cells(table3("paper", [0]), {}, ("top1",), "table3"))
+    fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
+    assert fig.axes[0].get_title(loc="right") == "Title, not run"
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["the paper's gain"]
+    plots.plt.close(fig)
+
+
 def test_comparison_says_what_was_not_run_and_what_did_not_learn():
     grid = table1("quick", [0])
     records = made_up(grid, lambda run, head: 70.0 if run.nets == ("mobilenet",) else 90.0)
