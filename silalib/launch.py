@@ -281,5 +281,4 @@ def cost(run):
 @cache
 def forward_macs(run):
     """Multiply-accumulates for one image of a run's first network; runs share theirs, which takes a while to build."""
-    with torch.device("meta"):
-        return count_macs(run.network(0), data.dataset(run.dataset).image)
+    return count_macs(trainer.build(run, 0), data.dataset(run.dataset).image)

@@ -268,7 +268,7 @@ def compact(png):
 
     drawn = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
-    fewer = image.quantize(256, kmeans=1, dither=Image.Dither.NONE).convert("RGB")
+    fewer = image.quantize(256, dither=Image.Dither.NONE).convert("RGB")
     if max(ImageStat.Stat(ImageChops.difference(image, fewer)).mean) < 1:  # of 255
         image = fewer
     return webp(image, lossless=True)

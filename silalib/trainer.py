@@ -151,6 +151,7 @@ class Training:
         if self.speed.graphs and not self.ranks.layout:  # what processes tell each other cannot be captured
             self.captured_update, self.captured_forward = Captured(self.update), Captured(self.forward)
         self.saving, self.parts = 0.0, []
+        self.at_test = None  # logits of the test images after the last epoch
         self.resume()
         part = self.here()
         if not self.parts or part != {k: v for k, v in self.parts[-1].items() if k != "from_step"}:
@@ -218,7 +219,7 @@ class Training:
             net.train(training)
             if training and self.dropout[slot] and self.device.type == "cpu":
                 part = [self.ranks.rank] if self.ranks.layout == DATA else []
-                torch.manual_seed(derive(self.run.seed, "dropout", slot, self.step, *part))
+                torch.random.default_generator.manual_seed(derive(self.run.seed, "dropout", slot, self.step, *part))
             with torch.autocast(self.device.type, self.dtypes[slot], enabled=self.dtypes[slot] != torch.float32):
                 z = net(x)
             logits += z if isinstance(z, tuple) else [z]
@@ -229,7 +230,8 @@ class Training:
         self.sums.zero_()
         began = time.monotonic()
         lr = learning_rate(self.run, self.step - 1, self.steps_per_epoch)
-        test = metrics.summaries(self.predict(self.splits["test"].images), self.splits["test"].labels)
+        self.at_test = self.predict(self.splits["test"].images)
+        test = metrics.summaries(self.at_test, self.splits["test"].labels)
         norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
         norms = torch.stack(norms).tolist()
         seconds_train, seconds_test = began - epoch_started, time.monotonic() - began
@@ -357,7 +359,7 @@ class Training:
         run, train, test = self.run, self.splits["train"], self.splits["test"]
         image = data.dataset(run.dataset).image
         self.report(final="final evaluations")
-        logits = self.predict(test.images)
+        logits = self.at_test or self.predict(test.images)  # of the last epoch, unless a checkpoint begins here
         clean = [metrics.summary(z, train.labels) for z in self.predict(train.images)]
         costs = [macs for net in self.nets.values() for macs in early_exit.exit_costs(net, image)]
         heads, arrays = [], {"labels": test.labels.cpu().short().numpy()}

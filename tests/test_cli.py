@@ -171,7 +171,9 @@ def test_progress_fits_a_terminal(monkeypatch):
     os.close(ours)
     lines = re.split(r"[\r\n]+", written.decode())
     assert max(map(len, lines)) <= 80
-    assert any(re.search(r"\d%\|.{10}\| \d\d:\d\d, 0/2 runs, epoch \d+.0 of \d+, top-1 79.4 84.6", line) for line in lines)
+    assert any(
+        re.search(r"\d%\|.{10}\| \d\d:\d\d, 0/2 runs, epoch \d+.0 of \d+, top-1 79.4 84.6", line) for line in lines
+    )
     assert f"1/2 runs, {run}: top-1 79.4 84.6 in 2 min 04 s" in lines
 
 
