@@ -274,6 +274,16 @@ def main(arguments=None):
         return STOPPED
 
 
+def leave(status):
+    """End this process. One of torchrun's ends at once: Python, while it closes down, is aborted by a thread of the
+    process group that lets go of a tensor only then, and torchrun calls the whole command failed."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also before training looks after both signals itself
-    sys.exit(main())
+    leave(main())

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from silalib import experiments, trainer
-from silalib.__main__ import main
+from silalib.__main__ import leave, main
 from silalib.models import MODELS
 from silalib.runs import Run
 
@@ -107,4 +107,4 @@ def watched(folder, last_step):
 if __name__ == "__main__":
     MODELS.update(SMOOTH)
     experiments.EXHIBITS = exhibit(sys.argv[1])
-    sys.exit(watched(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None))
+    leave(watched(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None))

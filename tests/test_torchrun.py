@@ -203,6 +203,17 @@ def test_a_signal_to_one_process_stops_all_and_both_layouts_go_on(together, alon
         assert record.read("weights.safetensors") == (together[2] / run.key / "weights.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("environment, closing", [({}, "closing\n"), ({"TORCHELASTIC_RUN_ID": "none"}, "")])
+def test_one_of_torchruns_processes_ends_before_python_closes_down(environment, closing):
+    """Where Python closes down, what is registered with atexit is called; what was printed must not be lost."""
+    script = (
+        "import atexit; from silalib.__main__ import leave; atexit.register(print, 'closing'); print('end'); leave(3)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "end\n" + closing)
+
+
 @pytest.fixture
 def one_of_two(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
