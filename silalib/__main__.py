@@ -153,6 +153,8 @@ def report(options):
     from .experiments import EXHIBITS
     from .runs import state
 
+    if options.exhibit != "all" and not EXHIBITS[options.exhibit].notebook:
+        raise UserError(f"{options.exhibit} has no page: use `train {options.exhibit}` and `status {options.exhibit}`")
     code = 0
     if not options.no_train:
         try:

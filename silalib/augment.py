@@ -1,4 +1,4 @@
-"""Augmentation, batched on the device: random crop and flip of uint8 images as one gather, then AutoAugment."""
+"""Augmentation, batched on the device: crop and flip of uint8 images as one gather, then rotation or AutoAugment."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,18 @@ from . import autoaugment
 from .randomness import generator
 
 PADDING = 4
-AUGMENTATIONS = ("none", "crop", "flip", "crop+flip", "autoaugment", "crop+flip+autoaugment")
+DEGREES = 15
+"""Largest angle of `rotate15`."""
+AUGMENTATIONS = (
+    "none",
+    "crop",
+    "flip",
+    "crop+flip",
+    "autoaugment",
+    "crop+flip+autoaugment",
+    "flip+rotate15",
+    "crop+flip+rotate15",
+)
 
 
 def pad(images, augment):
@@ -21,13 +32,18 @@ def epoch_plan(run, epoch, n, device):
     """Every random choice of one epoch over n images, drawn on the CPU and moved once.
 
     Returns (order, offset, flip) of shapes (n,), (n, 2) and (n,): which image, where its crop begins in the padded
-    image, and whether it is mirrored; with AutoAugment its choices follow, see `autoaugment.draw`.
+    image, and whether it is mirrored. What `transform` needs follows: with AutoAugment its choices, see
+    `autoaugment.draw`; with rotation the angle (n,) in degrees, uniform from -15 to 15.
     """
     g = generator(run.seed, "epoch", epoch)
     order = torch.randperm(n, generator=g)
     offset = torch.randint(2 * PADDING + 1, (n, 2), generator=g)
     flip = torch.rand(n, generator=g) < 0.5
-    choices = autoaugment.draw(n, g) if "autoaugment" in run.augment else ()
+    choices = ()
+    if "autoaugment" in run.augment:
+        choices = autoaugment.draw(n, g)
+    elif "rotate15" in run.augment:
+        choices = (DEGREES * (2 * torch.rand(n, generator=g) - 1),)
     if "crop" not in run.augment:
         offset.zero_()
     if "flip" not in run.augment:
@@ -44,6 +60,31 @@ def crop_flip(padded, index, offset, flip, size):
     y = offset[:, :1] + rows
     x = offset[:, 1:] + torch.where(flip[:, None], columns.flip(0), columns)
     return padded[index[:, None, None], y[:, :, None], x[:, None, :]]
+
+
+def transform(images, *choices):
+    """What follows crop and flip: rotation by the one choice, AutoAugment by the three, or nothing; shapes stay."""
+    if not choices:
+        return images
+    return rotate(images, *choices) if len(choices) == 1 else autoaugment.autoaugment(images, *choices)
+
+
+def rotate(images, degrees):
+    """Turn each of uint8 images (B, H, W, C) counter-clockwise about its centre by degrees (B,).
+
+    Nearest neighbour, black where no pixel comes from, as torchvision's RandomRotation; returns new images.
+    """
+    height, width = images.shape[1:3]
+    radians = torch.deg2rad(degrees.double())[:, None, None]
+    c, s = radians.cos(), radians.sin()
+    y = (torch.arange(height, device=images.device, dtype=torch.float64) - (height - 1) / 2)[:, None]
+    x = torch.arange(width, device=images.device, dtype=torch.float64) - (width - 1) / 2
+    row = (s * x + c * y + (height - 1) / 2).round().long()
+    column = (c * x - s * y + (width - 1) / 2).round().long()
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    source = torch.where(inside, row * width + column, 0).flatten(1)[:, :, None].expand(-1, -1, images.shape[3])
+    turned = images.flatten(1, 2).gather(1, source).view_as(images)
+    return turned * inside[..., None]
 
 
 class Normalise(torch.nn.Module):

@@ -1,11 +1,16 @@
 """The grid of each exhibit at each profile, as code: `table1("quick")` -> list of Runs.
 
 A profile scales the paper's protocol. quick: digits and narrow networks, a stand-in for the real data; small: real
-data within reach of two cores, one pair of networks a table; short: a tenth of the schedule; paper: the paper's own.
+data within reach of two cores, trained until the networks fit them, one pair of networks a table; short: a tenth of
+the schedule; paper: the paper's own. docs/protocol.md states what is judged by these runs, and by which rule.
+
+Independent training (IND) is a pair, as the other methods are: Net1 is the single network to the last bit, and each
+network of a pair has one that began alike and saw the same batches. An MSDNet, and Figure 6's network, are alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from . import data
 from .errors import UserError
@@ -47,16 +52,40 @@ def scaled_milestones(epochs):
     return tuple(round(m * epochs / 260, 4) for m in PAPER_MILESTONES)
 
 
-def seeds_for(exhibit, profile, seeds=None):
-    """The seeds asked for, or the profile's own: three; in quick two where an interval is shown, else one."""
+SEEDS = {
+    "quick": {"table1": 2, "fig6": 2, "others": 1},
+    "small": {
+        "table1": 8,
+        "fig6": 5,
+        "table3": 5,
+        "msdnet": 5,
+        "equal_compute": 8,
+        "mean-peer": 6,
+        "coupling": 3,
+        "regime": 2,
+        "choices": 2,
+        "others": 3,
+    },
+    "short": {"others": 3},
+    "paper": {"others": 3},
+}
+"""How many seeds, from 0, are planned at each profile: written before the first record. What shares the runs of Table 1
+(Figures 3 and 7, and the arms beside them) has those seeds."""
+
+
+def seeds_for(part, profile, seeds=None):
+    """The seeds asked for, or those that the profile plans for a part of its grids, a key of SEEDS[profile]."""
     check_profile(profile)
     if seeds is None:
-        if profile != "quick":
-            return (0, 1, 2)
-        return (0, 1) if exhibit in ("table1", "fig3", "fig6", "fig7") else (0,)
+        planned = SEEDS[profile]
+        return tuple(range(planned.get(part, planned["others"])))
     if not isinstance(seeds, (list, tuple)) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"seeds {seeds!r}: give a list of whole numbers from 0, such as [0, 1, 2]")
     return tuple(dict.fromkeys(seeds))
+
+
+SILENT = dict(augment="crop+flip+rotate15", gamma=0.2, nesterov=False, init="pytorch")
+"""Where the paper is silent, `paper` and `short` follow public code whose accuracies are nearest to its IND rows."""
 
 
 def cifar_run(profile, nets, **changes):
@@ -66,11 +95,11 @@ def cifar_run(profile, nets, **changes):
             dataset="digits", train_size=512, batch_size=20, epochs=4, warmup=0.5, gamma=0.8, width=0.125,
             augment="none",
         ),
-        "small": dict(train_size=10000, width=0.25, epochs=30, gamma=0.7),
-        "short": dict(epochs=26),
-        "paper": {},
+        "small": dict(train_size=10000, width=0.25, epochs=60, gamma=0.7),
+        "short": SILENT | dict(epochs=26),
+        "paper": SILENT,
     }[profile]  # fmt: skip
-    settings |= changes
+    settings = settings | changes
     if profile != "paper":
         settings["milestones"] = scaled_milestones(settings["epochs"])
     return Run(nets=nets, **settings)
@@ -78,7 +107,7 @@ def cifar_run(profile, nets, **changes):
 
 NOISE = {
     "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2, hessian_images=4),
-    "small": dict(noise_images=1000, noise_sigmas=5, noise_draws=3),
+    "small": dict(noise_images=1000, noise_sigmas=5),
     "short": dict(noise_images=10000),
     "paper": dict(noise_images=10000, hessian_images=500),
 }
@@ -89,60 +118,66 @@ Even numbers of images: the backward pass of an odd batch crashes torch 2.13 on 
 
 
 def table1(profile="quick", seeds=None):
-    """Table 1: three networks alone and five pairs with three methods, 18 trainings a seed; `small` has ResNet18's."""
+    """Table 1: five pairs with three methods, and IND of three networks; `small` has ResNet18's pair alone."""
     check_profile(profile)
     pairs = [pair for pair in TABLE1_PAIRS if profile != "small" or set(pair) == {"resnet18"}]
     noise = lambda pair: NOISE[profile] if set(pair) == {"resnet18"} else {}
-    return alone_and_in_pairs(profile, seeds_for("table1", profile, seeds), pairs, PAPER_METHODS, noise)
+    return pairs_and_ind(profile, seeds_for("table1", profile, seeds), pairs, PAPER_METHODS, noise)
 
 
-def alone_and_in_pairs(profile, seeds, pairs, methods, settings):
-    """For each seed: every network alone (IND), and every pair with the other methods; settings(pair) -> Run fields."""
-    runs = []
-    for seed in seeds:
-        for pair in pairs:
-            for method in methods:
-                if method != "ind" or pair[0] == pair[1]:
-                    nets = pair if method != "ind" else pair[:1]
-                    runs.append(cifar_run(profile, nets, method=method, seed=seed, **settings(pair)))
-    return runs
+def pairs_and_ind(profile, seeds, pairs, methods, settings):
+    """For each seed every pair with each method; IND of pairs of a kind alone. settings(pair) -> Run fields."""
+    return [
+        cifar_run(profile, pair, method=method, seed=seed, **settings(pair))
+        for seed in seeds
+        for pair in pairs
+        for method in methods
+        if method != "ind" or pair[0] == pair[1]
+    ]
 
 
 def table2(profile="quick", seeds=None):
-    """Table 2: ResNet18 and ResNet34 on ImageNet-100, alone and in three pairs; `small` has ResNet18's.
+    """Table 2: ResNet18 and ResNet34 on ImageNet-100 in three pairs, and IND of both; `small` has ResNet18's.
 
     quick uses digits of 64x64 pixels, a size that suits the stem for large images.
     """
     check_profile(profile)
     pairs = [pair for pair in TABLE2_PAIRS if profile != "small" or set(pair) == {"resnet18"}]
-    settings = dict(dataset="imagenet100", augment="flip")
+    settings = dict(dataset="imagenet100", augment="flip" if profile == "small" else "flip+rotate15")
     if profile == "quick":
         settings = dict(dataset="digits64", batch_size=32)
     seeds = seeds_for("table2", profile, seeds)
-    return alone_and_in_pairs(profile, seeds, pairs, PAPER_METHODS, lambda pair: settings | {"stem": "imagenet"})
+    return pairs_and_ind(profile, seeds, pairs, PAPER_METHODS, lambda pair: settings | {"stem": "imagenet"})
 
 
 def table3(profile="quick", seeds=None):
-    """Table 3: five networks on CIFAR-10 and CIFAR-100 with AutoAugment, alone and paired with themselves by SiLa.
+    """Table 3: five networks on CIFAR-100 and CIFAR-10 with AutoAugment, each paired with itself by IND and SiLa.
 
-    quick has digits in place of both, `small` MobileNet only.
+    quick has digits in place of both, `small` MobileNet only, in batches of 32: it lacked steps.
     """
     check_profile(profile)
     nets = TABLE3_NETS if profile != "small" else ("mobilenet",)
     pairs, seeds = [(net, net) for net in nets], seeds_for("table3", profile, seeds)
     if profile == "quick":
         settings = lambda pair: dict(augment="autoaugment") | QUICK_TABLE3[pair[0]]
-        return alone_and_in_pairs(profile, seeds, pairs, ("ind", "sila"), settings)
+        return pairs_and_ind(profile, seeds, pairs, ("ind", "sila"), settings)
     runs = []
     for dataset in ("cifar10", "cifar100"):
         settings = dict(dataset=dataset, augment="crop+flip+autoaugment")
-        runs += alone_and_in_pairs(profile, seeds, pairs, ("ind", "sila"), lambda pair, settings=settings: settings)
+        if profile == "small":
+            settings["batch_size"] = 32
+        runs += pairs_and_ind(profile, seeds, pairs, ("ind", "sila"), lambda pair, settings=settings: settings)
     return runs
 
 
 def variants(profile="quick", seeds=None):
-    """What the paper's equations allow and its tables do not show: three networks, and uneven betas; one seed."""
+    """What the paper's equations allow and its tables do not show: three networks, and uneven betas; one seed.
+
+    `small`, whose hours go into what is judged, leaves them out.
+    """
     seed = seeds_for("variants", profile, seeds)[0]
+    if profile == "small":
+        return []
     return [
         cifar_run(profile, ("resnet18",) * 3, seed=seed),
         cifar_run(profile, ("resnet18",) * 2, seed=seed, betas=(1, 0.5)),
@@ -151,13 +186,17 @@ def variants(profile="quick", seeds=None):
 
 def fig3(profile="quick", seeds=None):
     """Figure 3: Table 1's ResNet18, independent and with SiLa."""
-    runs = table1(profile, seeds_for("fig3", profile, seeds))
+    runs = table1(profile, seeds)
     return [run for run in runs if set(run.nets) == {"resnet18"} and run.method in ("ind", "sila")]
 
 
 def fig6(profile="quick", seeds=None):
     """Figure 6: the 12-layer network with two features, independent and with SiLa, at 16 channels."""
-    check_profile(profile)
+    return fig6_runs(profile, seeds_for("fig6", profile, seeds))
+
+
+def fig6_runs(profile, seeds, **changes):
+    """Figure 6's network for each seed, alone and with SiLa, with other fields of Run."""
     base = Run(
         dataset="mnist", nets=("convnet12",), method="ind", width=0.25, epochs=20, milestones=(), warmup=0.0,
         nesterov=False, augment="none", noise_images=1000, noise_sigmas=5, noise_draws=5, hessian_images=1000,
@@ -169,28 +208,33 @@ def fig6(profile="quick", seeds=None):
         base = replace(base, train_size=10000)
     elif profile == "short":
         base = replace(base, epochs=2)
+    base = replace(base, **changes)
     runs = []
-    for seed in seeds_for("fig6", profile, seeds):
+    for seed in seeds:
         runs += [replace(base, seed=seed), replace(base, seed=seed, nets=("convnet12",) * 2, method="sila")]
     return runs
 
 
 def fig4(profile="quick", seeds=None):
     """Figure 4: the MSDNet for budgeted batch classification, IND and SiLa, with images held out for its thresholds."""
-    return exits_grid("fig4", profile, seeds, "msdnet_budgeted", fewer=3, holdout=5000)
+    return exits_grid(profile, seeds, "msdnet_budgeted", fewer=3, holdout=5000)
 
 
 def fig5(profile="quick", seeds=None):
-    """Figure 5: the MSDNet for anytime prediction, IND and SiLa."""
-    return exits_grid("fig5", profile, seeds, "msdnet_anytime", fewer=4, holdout=0)
+    """Figure 5: the MSDNet for anytime prediction, IND and SiLa. `small` has Figure 4's runs first, which serve it too.
+
+    An exit's cost and accuracy do not ask whether images were held out.
+    """
+    grid = exits_grid(profile, seeds, "msdnet_anytime", fewer=4, holdout=0)
+    return fig4(profile, seeds) + grid if profile == "small" else grid
 
 
-def exits_grid(exhibit, profile, seeds, net, fewer, holdout):
-    """IND and SiLa over the exits of an MSDNet with all its blocks and with fewer; CIFAR-100, then ImageNet-100."""
+def exits_grid(profile, seeds, net, fewer, holdout):
+    """IND and SiLa over the exits of an MSDNet: CIFAR-100, then ImageNet-100, and both with fewer blocks."""
     check_profile(profile)
     cifar = Run(
         nets=net, method="ind", epochs=300, batch_size=64, milestones=(150, 255), gamma=0.1, warmup=0.0,
-        weight_decay=1e-4, holdout=holdout,
+        weight_decay=1e-4, nesterov=False, holdout=holdout,
     )  # fmt: skip
     imagenet = replace(
         cifar, dataset="imagenet100", nets="msdnet_imagenet", epochs=90, batch_size=256, milestones=(30, 60),
@@ -201,8 +245,7 @@ def exits_grid(exhibit, profile, seeds, net, fewer, holdout):
         digits = replace(digits, batch_size=24, width=0.25, epochs=3, milestones=(1.5, 2.55))
         bases = [replace(digits, blocks=blocks) for blocks in (4, 2)]
     elif profile == "small":
-        base = replace(cifar, train_size=10000, epochs=8, milestones=(4, 6.8))
-        bases = [base, replace(base, blocks=fewer)]
+        bases = [replace(cifar, train_size=10000, epochs=30, milestones=(15, 25.5))]
     else:
         bases = [cifar, replace(cifar, blocks=fewer), imagenet, replace(imagenet, blocks=3)]
         if profile == "short":
@@ -210,14 +253,28 @@ def exits_grid(exhibit, profile, seeds, net, fewer, holdout):
                 replace(base, epochs=base.epochs // 10, milestones=tuple(m / 10 for m in base.milestones))
                 for base in bases
             ]
-    seeds = seeds_for(exhibit, profile, seeds)
+    seeds = seeds_for("msdnet", profile, seeds)
     return [replace(base, seed=seed, method=m) for base in bases for seed in seeds for m in ("ind", "sila")]
 
 
 def fig7(profile="quick", seeds=None):
     """Figure 7: Table 1's ResNet18, independent and with each method."""
-    runs = table1(profile, seeds_for("fig7", profile, seeds))
+    runs = table1(profile, seeds)
     return [run for run in runs if set(run.nets) == {"resnet18"}]
+
+
+# Not in the paper
+
+
+def plain(run, **changes):
+    """A run of Figure 3 without its measurements of noise and curvature, with other fields of Run."""
+    return replace(run, **dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0) | changes)
+
+
+def scaled(run, factor, **changes):
+    """A `plain` run whose schedule is so many times as long, milestones with it; warm-up stays."""
+    milestones = [round(factor * m, 4) for m in run.milestones]
+    return plain(run, epochs=round(factor * run.epochs), milestones=milestones, **changes)
 
 
 COUPLINGS = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -225,30 +282,68 @@ COUPLINGS = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 
 def coupling(profile="quick", seeds=None):
-    """Not in the paper: Figure 3's runs beside ResNet18 with other couplings, with a zero peer, and IND twice as long.
+    """Figure 3's runs, which are couplings 0 and 1, beside ResNet18 with other couplings and with a zero peer.
 
-    The last, and the pair at coupling 0, which is two independent networks, cost as much training as SiLa. In quick
-    all are narrower than Figure 3's, to save time.
+    quick leaves couplings out, `small` also the zero peer.
     """
-    cheaper = dict(width=0.0625) if profile == "quick" else {}
-    plain = dict(noise_images=0, noise_sigmas=10, noise_draws=10)
-    runs = fig3(profile, seeds_for("coupling", profile, seeds))
-    runs = [replace(run, **cheaper, **plain) for run in runs] if cheaper else runs
-    for ind in [run for run in runs if run.method == "ind"]:
-        alone = replace(ind, **plain)
-        runs += [replace(alone, nets=ind.nets * 2, method="sila", coupling=c) for c in COUPLINGS if c != 1]
-        runs.append(replace(alone, method="zero-peer"))
-        runs.append(replace(alone, epochs=2 * ind.epochs, milestones=[2 * m for m in ind.milestones]))
+    runs = fig3(profile, seeds_for("others" if profile == "quick" else "table1", profile, seeds))
+    few = profile in ("quick", "small")
+    for sila in [run for run in fig3(profile, seeds_for("coupling", profile, seeds)) if run.method == "sila"]:
+        runs += [plain(sila, coupling=c) for c in COUPLINGS if c not in ((0, 0.5, 1, 2) if few else (0, 1))]
+        if profile != "small":
+            runs.append(plain(sila, nets=sila.nets[:1], method="zero-peer"))
     return runs
+
+
+def equal_compute(profile="quick", seeds=None):
+    """Figure 3's runs beside what costs no second network: IND for twice as long, and a peer that is a constant."""
+    runs = fig3(profile, seeds_for("equal_compute", profile, seeds))
+    alone = [plain(run, nets=run.nets[:1], method="ind") for run in runs if run.method == "sila"]
+    controlled = seeds_for("mean-peer", profile, seeds)
+    runs += [scaled(run, 2) for run in alone]
+    return runs + [replace(run, method="mean-peer") for run in alone if run.seed in controlled]
+
+
+def regime(profile="quick", seeds=None):
+    """Figure 3's runs, and the same for half and for twice as long: SiLa's pair, and IND alone."""
+    runs = fig3(profile, seeds_for("regime", profile, seeds))
+    for sila in [run for run in runs if run.method == "sila"]:
+        for factor in (0.5, 2):
+            runs += [scaled(sila, factor, nets=sila.nets[:1], method="ind"), scaled(sila, factor)]
+    return runs
+
+
+def choices(profile="quick", seeds=None):
+    """IND and SiLa where the paper is silent and we had to choose, under other choices.
+
+    Figure 6's network without momentum, without weight decay and with twice its channels; and Figure 3's pair with the
+    other augmentation, Nesterov and decay factor: of the eight combinations the half in which an even number of the
+    three is changed, so that each is changed twice and Figure 3 is one of the four.
+    """
+    seeds = seeds_for("choices", profile, seeds)
+    short = dict(epochs=2) if profile == "quick" else {}
+    cheap = dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0) | short
+    runs = fig6_runs(profile, seeds, **cheap) if short else fig6(profile, seeds)
+    for change in (dict(momentum=0.0), dict(weight_decay=0.0), dict(width=0.5)):
+        runs += fig6_runs(profile, seeds, **cheap | change)
+    pairs = fig3(profile, seeds)
+    base = pairs[0]
+    rotated = "rotate15" in base.augment
+    augment = dict(augment="crop+flip" if rotated else "crop+flip+rotate15")
+    nesterov = dict(nesterov=not base.nesterov)
+    factor = dict(gamma=0.5 if rotated else 0.2)
+    for change in (augment | nesterov, augment | factor, nesterov | factor):
+        runs += [plain(run, **change) for run in pairs]
+    return runs + pairs
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One table or figure of the paper: its grid, and the notebook that draws it."""
+    """One table or figure: its grid, and the notebook that draws it; None for one that has no page."""
 
     title: str
     grid: Callable
-    notebook: str
+    notebook: str | None
 
 
 EXHIBITS = {
@@ -262,7 +357,51 @@ EXHIBITS = {
     "fig6": Exhibit("Figure 6: features on MNIST", fig6, "07_fig6_mnist_features"),
     "fig7": Exhibit("Figure 7: training NLL and robustness", fig7, "08_fig7_robustness"),
     "coupling": Exhibit("The coupling", coupling, "08_fig7_robustness"),
+    "equal_compute": Exhibit("Equal compute", equal_compute, "08_fig7_robustness"),
+    "regime": Exhibit("The regime", regime, None),
+    "choices": Exhibit("The silent choices", choices, None),
 }
+
+
+def tiers(profile):
+    """Every planned run of a profile -> its tier. `small` has three: 1 and 2 are what is judged; others have one."""
+    found = {}
+    for name, exhibit in EXHIBITS.items():
+        for run in exhibit.grid(profile):
+            first = name in ("fig3", "fig6")
+            second = name in ("table1", "fig4", "equal_compute") or (name, run.dataset) == ("table3", "cifar100")
+            tier = 1 if first or profile != "small" else 2 if second else 3
+            found[run] = min(tier, found.get(run, tier))
+    return found
+
+
+FIRST_SEEDS = 3
+"""Of tier 1, these are trained first: an interval."""
+
+
+def turns(profile):
+    """Every planned run -> its turn; runs of a lower one are trained first, those of one turn the longest first.
+
+    `small`: an interval for tier 1, one seed of tier 2, the rest of tier 1, the rest of tier 2 seed by seed, and of
+    tier 3 MNIST, the regime, the others. `short` and `paper`: seed by seed. quick: all at once.
+    """
+    if profile == "quick":
+        return dict.fromkeys(tiers(profile), (0, 0))
+    if profile != "small":
+        return {run: (0, run.seed) for run in tiers(profile)}
+    longer_and_shorter = set(regime(profile))
+    part = {
+        1: lambda run: 0 if run.seed < FIRST_SEEDS else 2,
+        2: lambda run: 3 if run.seed else 1,
+        3: lambda run: 4 if run.dataset == "mnist" else 5 if run in longer_and_shorter else 6,
+    }
+    return {run: (part[tier](run), run.seed) for run, tier in tiers(profile).items()}
+
+
+def block(profile, dataset, seed):
+    """The runs of a profile with one data set and one seed, of all exhibits: they are compared, so trained alike."""
+    grids = [exhibit.grid(profile, [seed]) for exhibit in EXHIBITS.values()]
+    return [run for run in dict.fromkeys(chain(*grids)) if run.dataset == dataset]
 
 
 def not_run(grid, records):

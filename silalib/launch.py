@@ -11,23 +11,26 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from . import data, runs, torchrun, trainer
+from . import data, experiments, runs, speed, torchrun, trainer
 from .errors import Damaged, MissingData, NoRoom, Stopped, UserError
 from .models import count_macs
+from .paths import results_folder
 from .progress import Progress, duration, numbers
 
 
-def train_all(pending, folder, device, workers, budget, only_whole, retry, ray=None):
-    """Train the pending runs, each into folder/<key>; see `runs.ensure` for the arguments, `cluster.Ray` for ray.
+def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=None):
+    """Train the pending runs of a profile; see `runs.ensure` for the arguments, `cluster.Ray` for ray.
 
-    A run that fails, or whose data are missing, does not keep the others from training; that is raised at the end.
-    Data that cannot be downloaded, only prepared, are not raised: their runs are left out and said to be.
+    They are trained in the turns of `experiments.turns`, in each turn the longest first, so that no worker is left with
+    a long one at the end. A run that fails, whose data are missing, or whose block is of another kind of device, does
+    not keep the others from training; that is raised at the end. Data that cannot be downloaded, only prepared, are
+    not raised: their runs are left out and said to be.
     """
     if torchrun.size() > 1 and (workers or ray):
         raise UserError("torchrun's processes train the runs together: leave out --workers and --backend ray")
@@ -37,9 +40,13 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry, ray=N
             data.fetch(name)
         except MissingData as error:
             missing[name] = error
-    here = [run for run in pending if run.dataset not in missing]
-    if budget is None:  # the longest first, so that no worker is left with a long one at the end
-        here.sort(key=cost, reverse=True)
+    here, turns = [run for run in pending if run.dataset not in missing], experiments.turns(profile)
+    here.sort(key=lambda run: (turns.get(run, LAST), -cost(run)))
+    folder = results_folder(profile) / "runs"
+    alike = trained_alike(here, profile, folder)
+    kind = None if ray else trainer.pick_device(device).type
+    refused = [run for run in here if kind and alike[run][0] not in (None, kind)]
+    here = [run for run in here if run not in refused]
     threads = 1
     if ray is None:
         cpu, shared = trainer.pick_device(device).type == "cpu", torchrun.size() > 1
@@ -53,6 +60,7 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry, ray=N
         deadline=None if budget is None else time.time() + budget,
         only_whole=only_whole,
         retry=retry,
+        half={run.key: alike[run][1] for run in here},
     )
     outcomes = {}
     if here:
@@ -67,6 +75,12 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry, ray=N
     left = [run for run in here if outcomes.get(run) is None or isinstance(outcomes[run], Stopped)]
     if failed:
         raise UserError(f"{len(failed)} of {len(pending)} runs failed, the first: {failed[0]}")
+    if refused:
+        others = f"{alike[refused[0]][0]}, what they are compared with"
+        raise UserError(
+            f"{len(refused)} of {len(pending)} runs are not trained on {kind}: their blocks were begun on {others}; "
+            f"use --device {alike[refused[0]][0]}, or set SILALIB_RESULTS to another folder to train all anew"
+        )
     if left:
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
     for name, error in missing.items():
@@ -74,6 +88,29 @@ def train_all(pending, folder, device, workers, budget, only_whole, retry, ray=N
             raise MissingData(f"{error}, or use --profile quick")
         rows = sum(run.dataset == name for run in pending)
         print(f"{rows} of {len(pending)} runs not run: {error}", file=sys.stderr, flush=True)
+
+
+LAST = (99, 0)
+"""The turn of runs that no profile plans."""
+
+
+def trained_alike(pending, profile, folder):
+    """Run -> how its block was begun (`experiments.block`): (kind of device or None, whether in bfloat16 or None).
+
+    The first record of the block decides, or without one a checkpoint. None where they do not tell: nothing is
+    trained, or networks alone that are in float32 everywhere, or no profile plans the run.
+    """
+    alike = {}
+    for dataset, seed in dict.fromkeys((run.dataset, run.seed) for run in pending):
+        block = experiments.block(profile, dataset, seed)
+        found = [(begun, run) for run in block if (begun := runs.begun(folder / run.key))]
+        kind = half = None
+        for (_, part), run in sorted(found, key=lambda pair: pair[0][0] or "~"):  # checkpoints last
+            kind = kind or part.get("kind", "cpu")
+            if half is None and any(speed.precision(net, torch.device(kind), True).itemsize < 4 for net in run.nets):
+                half = "bfloat16" in part["precision"]
+        alike |= {run: (kind, half) for run in block}
+    return {run: alike.get(run, (None, None)) for run in pending}
 
 
 def cpu_cores():
@@ -91,6 +128,7 @@ class Job:
     deadline: float | None
     only_whole: bool
     retry: bool
+    half: dict = field(default_factory=dict)  # key of a run -> whether its block is in bfloat16; None: open
 
     def train(self, run, stopped, tell):
         """Train one run unless another process has done it meanwhile. Returns the outcome in words."""
@@ -117,7 +155,7 @@ class Job:
                 torch.set_num_threads(self.threads)
                 try:
                     train = torchrun.train if torchrun.size() > 1 else trainer.train
-                    train(run, folder, self.device, stop, tell, hurry)
+                    train(run, folder, self.device, stop, tell, hurry, half=self.half.get(run.key))
                 except trainer.Diverged as error:
                     runs.remove_leftovers(folder)  # the checkpoints may hold weights that are lost already
                     runs.write_failure(folder, error, epoch=error.epoch, step=error.step, lr=error.lr)

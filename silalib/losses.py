@@ -98,12 +98,33 @@ def zero_peer(logits, target, betas=None, reduction="mean"):
     return _reduced(sum(alone), reduction)
 
 
+def mean_peer(logits, target, betas=None, reduction="mean"):
+    """A control that is not in the paper: every head's peer is a constant, the mean of the head's own s over the batch.
+
+    For head c it is CE(z_c, y) + 2 log(2 cosh((s_c - mean(s_c)) / 2)) - 2 log 2, the mean detached: the coupling
+    pulls the head towards its own level, where `zero_peer` pulls it to 0, and no second network is trained. Arguments
+    as in `siamese_labels`; the mean is over the whole batch under every reduction.
+    """
+    logits = _checked(logits, target)
+    alone = []
+    for z in logits:
+        s = z.logsumexp(1)
+        d = s - s.mean().detach()
+        # 2 log(2 cosh(d / 2)) without overflow
+        coupling = F.softplus(d) + F.softplus(-d) - 2 * math.log(2)
+        alone.append(independent([z], target, reduction="none") + coupling)
+    if betas is not None:
+        alone = [beta * loss for beta, loss in zip(betas, alone, strict=True)]
+    return _reduced(sum(alone), reduction)
+
+
 METHODS = {
     "ind": independent,
     "sila": siamese_labels,
     "dml": mutual_learning,
     "sila+dml": siamese_mutual_learning,
     "zero-peer": zero_peer,
+    "mean-peer": mean_peer,
 }
 """Method name -> loss(logits, target, betas=None, reduction="mean")."""
 
@@ -113,13 +134,14 @@ LABELS = {
     "dml": "DML",
     "sila+dml": "SiLa+DML",
     "zero-peer": "zero peer",
+    "mean-peer": "mean peer",
 }
 """Method name -> how it is called in tables and figures: the paper's methods as the paper spells them, then ours."""
 
 PAPER_METHODS = ("ind", "sila", "dml", "sila+dml")
 """The rows of Tables 1 to 3, in the paper's order."""
 
-COUPLED_BY_S = ("ind", "sila", "zero-peer")
+COUPLED_BY_S = ("ind", "sila", "zero-peer", "mean-peer")
 """Methods in which a peer enters the gradient through its log-partition s at most; any other may need its logits."""
 
 

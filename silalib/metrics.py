@@ -1,5 +1,8 @@
 """Metrics of one head's logits (n, N) against targets (n,), and of what test.npz keeps of them (NumPy, shape (n,))."""
 
+import math
+from itertools import combinations, permutations
+
 import numpy as np
 import torch
 
@@ -32,6 +35,82 @@ def summaries(heads, target):
         top = [100 * in_top_k(z, target, k).double().mean() for k in (1, 2, 5)]
         values.append(torch.stack([cross_entropy(z, target).double().mean(), *top]))
     return [dict(zip(names, row)) for row in torch.stack(values).tolist()]
+
+
+TEMPERATURES = (0.05, 20.0)
+"""The range in which a temperature is sought: where all images are right, a smaller one is always better."""
+
+
+def best_temperature(logits, target):
+    """The T that minimises the mean NLL of logits / T, within TEMPERATURES (Guo et al. 2017, equation 9).
+
+    logits: (n, N), float64. The mean NLL is convex in 1/T, with the derivative E[z] - z_y; T is where it is 0.
+    """
+    from scipy.optimize import brentq
+
+    z_y = logits.gather(1, target[:, None])[:, 0].mean()
+    slope = lambda log_t: ((logits * (logits / math.exp(log_t)).softmax(1)).sum(1).mean() - z_y).item()
+    coldest, hottest = map(math.log, TEMPERATURES)
+    if slope(coldest) <= 0:  # with every colder one the NLL is lower still
+        return TEMPERATURES[0]
+    if slope(hottest) >= 0:
+        return TEMPERATURES[1]
+    return math.exp(brentq(slope, coldest, hottest, xtol=1e-12))
+
+
+def ece(logits, target):
+    """Expected calibration error in percent, 15 bins of equal width (Guo et al. 2017, equation 3)."""
+    confidence, predicted = logits.softmax(1).max(1)
+    return expected_calibration_error(confidence.cpu().numpy(), (predicted == target).cpu().numpy())
+
+
+def calibration(logits, target):
+    """How far confidence is off, before and after temperature scaling: {"ece", "temperature", "nll_scaled",
+    "ece_scaled"}, in percent and nats.
+
+    logits: (n, N). The temperature is cross-fitted: that of the even-numbered images is applied to the odd ones and
+    the other way round; both scaled figures are over all images. "temperature" is [of the even, of the odd].
+    """
+    logits, target = logits.double().cpu(), target.cpu()
+    halves = slice(0, None, 2), slice(1, None, 2)
+    temperatures = [best_temperature(logits[half], target[half]) for half in halves]
+    scaled = torch.empty_like(logits)
+    for half, temperature in zip(halves, reversed(temperatures)):
+        scaled[half] = logits[half] / temperature
+    return {
+        "ece": ece(logits, target),
+        "temperature": temperatures,
+        "nll_scaled": cross_entropy(scaled, target).mean().item(),
+        "ece_scaled": ece(scaled, target),
+    }
+
+
+def ensemble(heads, target):
+    """Several networks together: (their metrics, log p), with p = mean over the networks of softmax(z_c).
+
+    heads: C >= 2 logits (n, N). The metrics are top1, top5, nll, ece and nll_scaled of p, whose log takes the place
+    of logits; disagreement, the percentage of images to which two networks give different classes, mean over pairs;
+    and divergence, the mean KL(p_c || p_k) over images and ordered pairs, in nats. log p is (n, N), float64.
+    """
+    target = target.cpu()
+    each = torch.stack([z.double().cpu().log_softmax(1) for z in heads])
+    together = each.logsumexp(0) - math.log(len(heads))
+    entropy = (each.exp() * each).sum(2)
+    kl = [(entropy[c] - (each[c].exp() * each[k]).sum(1)).mean().item() for c, k in permutations(range(len(heads)), 2)]
+    found, scaled = summary(together, target), calibration(together, target)
+    values = {name: found[name] for name in ("top1", "top5", "nll")} | {
+        "ece": scaled["ece"],
+        "nll_scaled": scaled["nll_scaled"],
+        "disagreement": disagreement([z.argmax(1) for z in heads]),
+        "divergence": sum(kl) / len(kl),
+    }
+    return values, together
+
+
+def disagreement(predicted):
+    """The percentage of images to which two networks give different classes, mean over pairs; predicted: C of (n,)."""
+    differ = [(a != b).double().mean().item() for a, b in combinations(predicted, 2)]
+    return 100 * sum(differ) / len(differ)
 
 
 def reliability(confidence, correct, bins=15, mass=False):

@@ -27,6 +27,8 @@ def layout(run, size):
     """How `size` processes share a run. Raises UserError where a batch cannot be split evenly."""
     if size == len(run.nets) > 1:
         return NETWORK
+    if run.method == "mean-peer":
+        raise UserError(f"{run}: its peer is a mean over the whole batch, which {size} processes share: use one")
     if run.batch_size % size:
         raise UserError(f"{run}: a batch of {run.batch_size} cannot be split evenly over {size} processes: use fewer")
     return DATA

@@ -27,7 +27,9 @@ from .progress import duration
 
 NOTEBOOKS = {"00_siamese_labels": ("The method", ("fig3",))}
 """Notebook -> (title, the exhibits whose runs it shows), in the order of the paper."""
-for _name, _exhibit in sorted(EXHIBITS.items(), key=lambda item: item[1].notebook):
+for _name, _exhibit in sorted(EXHIBITS.items(), key=lambda item: item[1].notebook or ""):
+    if _exhibit.notebook is None:
+        continue
     _title, _shown = NOTEBOOKS.get(_exhibit.notebook, (_exhibit.title, ()))
     NOTEBOOKS[_exhibit.notebook] = _title, (*_shown, _name)
 NOTEBOOKS["09_claims"] = "Which claims hold?", ()
@@ -52,7 +54,7 @@ def build(profile, names=None, seeds=None, device="auto", workers=None, train=Tr
     then says so. Raises Stopped after a signal, with the pages that were not finished left as they were.
     """
     check_profile(profile)
-    exhibits = {name: exhibit.notebook for name, exhibit in EXHIBITS.items()}
+    exhibits = {name: exhibit.notebook for name, exhibit in EXHIBITS.items() if exhibit.notebook}
     chosen = {exhibits.get(name, name) for name in names or NOTEBOOKS}
     if unknown := sorted(chosen - set(NOTEBOOKS)):
         raise UserError(f"unknown exhibit {unknown[0]!r}: choose from {', '.join([*exhibits, *NOTEBOOKS])}")

@@ -75,6 +75,7 @@ class Run:
     noise_draws: int = 10
     hessian_images: int = 0  # training images for the largest Hessian eigenvalue at the end; 0 leaves it out
     blocks: int | None = None  # of an MSDNet: its own network of so many blocks; None for all
+    init: str = "he"  # initial weights: those of each network's family, or "pytorch": PyTorch's own of every layer
 
     def __post_init__(self):
         nets = (self.nets,) if isinstance(self.nets, str) else self.nets
@@ -102,6 +103,7 @@ class Run:
         for name, value, known in [
             ("method", self.method, METHODS),
             ("augmentation", self.augment, AUGMENTATIONS),
+            ("init", self.init, ("he", "pytorch")),
             *[("network", net, MODELS) for net in self.nets],
         ]:
             if value not in known:
@@ -173,7 +175,12 @@ class Run:
         """A new network of one slot, with initial weights from torch's generator."""
         spec = dataset(self.dataset)
         of_exits = {"blocks": self.blocks} if self.nets[slot] in EXITS else {}
-        return MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
+        network = MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
+        if self.init == "pytorch":
+            for layer in network.modules():
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+        return network
 
     @property
     def config(self):
@@ -363,6 +370,26 @@ def write_record(run, folder, result, files):
     write_sealed(folder / "result.json", {**result, "files": {name: sha256(files[name]) for name in files}})
     remove_leftovers(folder)
     return load_folder(run, folder)
+
+
+def begun(folder):
+    """How the run in a folder began: (when its record was finished, or "" for a checkpoint; what `Training.here` says).
+
+    None where neither is there and whole. Nothing else in the folder is looked at.
+    """
+    try:
+        provenance = json.loads((folder / "result.json").read_bytes())["provenance"]
+        return provenance["finished"], provenance.get("parts", [provenance])[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        pass
+    from .trainer import read_checkpoint
+
+    for path in [path for name in CHECKPOINTS if (path := folder / name).exists()]:
+        try:
+            return "", read_checkpoint(path, "cpu")["parts"][0]
+        except (UserError, KeyError, IndexError):
+            continue
+    return None
 
 
 def remove_leftovers(folder, but=()):
@@ -576,8 +603,7 @@ def ensure(
             raise UserError(f"budget must be a number of seconds above 0, or None, not {budget!r}")
         pending = [run for run in runs if find(run) is None or isinstance(damage(run), Damaged)]
         if pending:
-            folder = results_folder(profile) / "runs"
-            launch.train_all(pending, folder, device, workers, budget, only_whole, retry, ray)
+            launch.train_all(pending, profile, device, workers, budget, only_whole, retry, ray)
     records = {}
     for run in runs:
         if find(run) is not None:

@@ -17,23 +17,29 @@ STEPS_AHEAD = 16
 """So far the host may run ahead of a GPU: it is never idle, and a stop is heard within these steps."""
 
 
-def precision(net, device):
-    """Of one network: torch.bfloat16 where the device has units for it and it pays, else torch.float32.
+def amx():
+    """Whether this machine's processor has AMX, matrix units for bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
-    On a CPU it does not pay for depthwise convolutions. The 12-layer network's two features are drawn: it stays in
-    float32.
+
+def bfloat16_pays(device):
+    """Whether a device has units for bfloat16. A CPU that only knows its instructions is faster in float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else amx()
+
+
+def precision(net, device, half):
+    """Of one network: torch.bfloat16 if `half` is true and the network gains by it on that device, else torch.float32.
+
+    On a CPU depthwise convolutions do not gain. The 12-layer network's two features are drawn: it stays in float32
+    everywhere.
     """
-    if device.type == "cuda":
-        units = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    pays = device.type == "cuda" or net.startswith(("resnet", "vgg", "wrn", "densenet", "msdnet"))
-    return torch.bfloat16 if units and pays else torch.float32
+    gains = ("resnet", "vgg", "wrn", "densenet", "msdnet") + (("mobilenet",) if device.type == "cuda" else ())
+    return torch.bfloat16 if half and net.startswith(gains) else torch.float32
 
 
 @dataclass(frozen=True)
 class Speed:
-    """half: bfloat16 where `precision` says that it pays. graphs: a whole step, and the evaluation of a batch, are
+    """half: bfloat16 for the networks that `precision` names. graphs: a whole step, and the evaluation of a batch, are
     captured as one CUDA graph. compiled: torch.compile, of each architecture once, whatever the run and the method."""
 
     half: bool = True
@@ -48,7 +54,7 @@ PLAIN = Speed(half=False, channels_last=False, fused=False)
 
 def fast(device):
     """The settings of every training on `device`."""
-    return Speed(graphs=device.type == "cuda")
+    return Speed(half=bfloat16_pays(device), graphs=device.type == "cuda")
 
 
 @contextmanager

@@ -73,12 +73,12 @@ def say(order):
     return orders[0]
 
 
-def train(run, folder, device, stop, progress, hurry):
+def train(run, folder, device, stop, progress, hurry, half=None):
     """`trainer.train` by all processes, called by the first."""
     ranks = Ranks(layout(run, size()))
     progress(run=run, text=f"{ranks.layout} on {size()} processes")
-    say((run, folder, device, torch.get_num_threads()))
-    return together(run, folder, device, stop, progress, hurry, ranks)
+    say((run, folder, device, torch.get_num_threads(), half))
+    return together(run, folder, device, stop, progress, hurry, ranks, half)
 
 
 def follow(device):
@@ -88,17 +88,18 @@ def follow(device):
     connect(device)
     with interruptible() as stopped:
         while order := say(None):
-            run, folder, device, threads = order
+            run, folder, device, threads, half = order
             torch.set_num_threads(threads)
             stop = lambda: "stopped" if stopped.is_set() else None
             with suppress(Stopped, trainer.Diverged):  # the first process tells
-                together(run, folder, device, stop, lambda **message: None, None, Ranks(layout(run, size())))
+                ranks = Ranks(layout(run, size()))
+                together(run, folder, device, stop, lambda **message: None, None, ranks, half)
     dist.destroy_process_group()
 
 
-def together(run, folder, device, stop, progress, hurry, ranks):
+def together(run, folder, device, stop, progress, hurry, ranks, half):
     try:
-        return trainer.train(run, folder, pick_device(device), stop, progress, hurry, ranks)
+        return trainer.train(run, folder, pick_device(device), stop, progress, hurry, ranks, half)
     except (Stopped, trainer.Diverged):  # in all processes alike
         raise
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # in this process alone, maybe: the others would wait

@@ -12,6 +12,7 @@ import math
 import platform
 import subprocess
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, cycle
@@ -22,8 +23,7 @@ import torch
 from torch import nn
 
 from . import data, early_exit, metrics, robustness
-from .augment import Normalise, epoch_plan
-from .autoaugment import autoaugment
+from .augment import Normalise, epoch_plan, transform
 from .errors import Damaged, Stopped, UserError
 from .losses import COUPLED_BY_S, METHODS
 from .models import EXITS, count_parameters
@@ -31,7 +31,7 @@ from .parallel import DATA, Ranks
 from .paths import ROOT
 from .randomness import derive
 from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_record
-from .speed import Ahead, Captured, fast, own_stream, precision
+from .speed import Ahead, Captured, amx, fast, own_stream, precision
 from .stream import TrainingBatches, in_batches
 
 EVAL_BATCH = {"cpu": 125, "cuda": 500}
@@ -92,23 +92,27 @@ def pick_device(name):
     return device
 
 
-def train(run, folder, device="auto", stop=lambda: None, progress=lambda **message: None, hurry=None, ranks=None):
+def train(
+    run, folder, device="auto", stop=lambda: None, progress=lambda **message: None, hurry=None, ranks=None, half=None
+):
     """Train one run to its end, or on from its checkpoint in `folder`, and write its record there.
 
     stop() is asked after every step; a true answer (the reason) checkpoints and raises Stopped.
     progress(**message) hears of each epoch, and of the step every other second. hurry, in seconds: give up with
     Stopped as soon as the measured speed says that the run will not end in that time. ranks: the processes that train
-    it together; the first one writes and returns the record, the others return None. Raises Diverged for a loss that is
-    not finite.
+    it together; the first one writes and returns the record, the others return None. half: whether to use bfloat16, by
+    default where it pays on this device; a checkpoint decides for itself. Raises Diverged for a loss that is not
+    finite.
     """
     device = pick_device(device)
     gpu = device.type == "cuda"
+    speed = fast(device) if half is None else replace(fast(device), half=half)
     with (
         torch.random.fork_rng(devices=[device] if gpu else []),
         torch.backends.cudnn.flags(enabled=True, benchmark=gpu),
         own_stream(device),
     ):
-        return Training(run, folder, device, stop, progress, hurry, ranks).finish()
+        return Training(run, folder, device, stop, progress, hurry, ranks, speed).finish()
 
 
 class Training:
@@ -130,7 +134,7 @@ class Training:
             for net in self.nets.values():
                 net.compile()
         self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
-        self.dtypes = [precision(net, device) if self.speed.half else torch.float32 for net in run.nets]
+        self.dtypes = [precision(net, device, self.speed.half) for net in run.nets]
         self.loss = METHODS[run.method]
         self.loss_arguments = {"betas": run.betas} | ({"coupling": run.coupling} if "sila" in run.method else {})
         self.optimizer = torch.optim.SGD(
@@ -145,7 +149,7 @@ class Training:
         if self.steps_per_epoch == 0:
             raise UserError(f"batch size {run.batch_size} is above the {len(self.target)} training images")
         self.total = run.epochs * self.steps_per_epoch
-        self.step, self.rows, self.seconds = 0, [], 0.0
+        self.step, self.rows, self.seconds, self.cpu_seconds = 0, [], 0.0, 0.0
         self.sums = torch.zeros(len(self.ranks.heads(run)), len(STATISTICS), dtype=torch.float64, device=device)
         self.captured_update, self.captured_forward = self.update, self.forward
         if self.speed.graphs and not self.ranks.layout:  # what processes tell each other cannot be captured
@@ -153,6 +157,7 @@ class Training:
         self.saving, self.parts = 0.0, []
         self.at_test = None  # logits of the test images after the last epoch
         self.resume()
+        self.cpu_before = self.cpu_seconds - time.process_time()
         part = self.here()
         if not self.parts or part != {k: v for k, v in self.parts[-1].items() if k != "from_step"}:
             self.parts.append({"from_step": self.step, **part})
@@ -199,10 +204,8 @@ class Training:
 
     def update(self, images, target, *choices):
         """Equation 10 on one batch: forward of every network here, one loss, one backward, one update."""
-        if choices:
-            images = autoaugment(images, *choices)
         self.optimizer.zero_grad()
-        logits = self.forward(images, training=True)
+        logits = self.forward(transform(images, *choices), training=True)
         for z in logits:
             z.retain_grad()
         logits = self.ranks.all_heads(logits, mutual=self.run.method not in COUPLED_BY_S)
@@ -296,6 +299,7 @@ class Training:
             "rows": self.rows,
             "sums": self.ranks.mean(self.sums.clone()),
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_before + time.process_time(),
             "nets": [net.state_dict() for net in self.nets.values()],
             "optimizer": self.optimizer.state_dict(),
         }
@@ -334,6 +338,11 @@ class Training:
             raise UserError(
                 f"{path} was trained on other data than {self.run.dataset} is here: delete it to start anew"
             )
+        last = state["parts"][-1]
+        if (kind := last.get("kind", "cpu")) != self.device.type:
+            raise UserError(
+                f"{path} was written with --device {kind}: go on like that, or set SILALIB_RESULTS to another folder"
+            )
         if (held := len(state["nets"])) != len(self.nets):  # by a process of network-parallel, one
             count = f"torchrun --nproc-per-node {len(self.run.nets)}" if held == 1 else "one process"
             raise UserError(f"{path} was written by {count}: go on like that, or delete it to start again")
@@ -344,10 +353,11 @@ class Training:
             self.optimizer.load_state_dict({**state["optimizer"], "param_groups": own})
         except (RuntimeError, ValueError, KeyError):
             raise UserError(f"{path} is of another version of its networks: delete it to start anew") from None
-        self.step, self.rows, self.seconds = (state[k] for k in ("step", "rows", "seconds"))
-        if state["sums"] is not None:  # as older versions wrote it between two epochs
-            self.sums = state["sums"]
-        self.parts = state["parts"]
+        if "cpu_seconds" not in state:
+            raise UserError(f"{path} is of an older version, whose records hold less: delete it to start anew")
+        names = "step", "rows", "seconds", "cpu_seconds", "sums", "parts"
+        self.step, self.rows, self.seconds, self.cpu_seconds, self.sums, self.parts = (state[name] for name in names)
+        self.dtypes = [precision(net, self.device, "bfloat16" in last["precision"]) for net in self.run.nets]
         self.report(resumed=True)
 
     # -- the record
@@ -360,7 +370,7 @@ class Training:
         image = data.dataset(run.dataset).image
         self.report(final="final evaluations")
         logits = self.at_test or self.predict(test.images)  # of the last epoch, unless a checkpoint begins here
-        clean = [metrics.summary(z, train.labels) for z in self.predict(train.images)]
+        clean = self.predict(train.images)
         costs = [macs for net in self.nets.values() for macs in early_exit.exit_costs(net, image)]
         heads, arrays = [], {"labels": test.labels.cpu().short().numpy()}
         for head, z, at_end, macs in zip(self.ranks.heads(run), logits, clean, costs):
@@ -370,8 +380,10 @@ class Training:
             heads.append(
                 {"network": run.nets[slot]}
                 | metrics.summary(z, test.labels)
+                | metrics.calibration(z, test.labels)
                 | {"best": best["test_top1"], "best_epoch": best["epoch"]}
-                | {f"train_{k}": v for k, v in at_end.items()}
+                | {f"train_{k}": v for k, v in metrics.summary(at_end, train.labels).items()}
+                | {"train_ece": metrics.ece(at_end.double(), train.labels)}
                 | {"parameters": count_parameters(self.nets[slot]), "macs": macs}
             )
             arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels, run.nets[slot]).items()}
@@ -387,11 +399,19 @@ class Training:
         if run.hessian_images:
             for values, curvature in zip(heads, self.curvature()):
                 values["curvature"] = curvature
-        parts = self.ranks.to_first((heads, arrays, features, noise, self.weights()))
+        predicted = [z.argmax(1).cpu() for z in clean]
+        used = self.cpu_before + time.process_time()
+        part = heads, arrays, features, noise, self.weights(), [z.cpu() for z in logits], predicted, used
+        parts = self.ranks.to_first(part)
         if parts is None:  # the first process writes the record
             return None
-        heads, arrays, features, noise, weights = zip(*parts)
+        heads, arrays, features, noise, weights, logits, predicted, used = zip(*parts)
         heads, arrays = list(chain(*heads)), union(arrays)
+        together = {}
+        if run.nets[0] not in EXITS and len(heads) > 1:
+            together, per_test_image = ensemble(list(chain(*logits)), test.labels)
+            together["train_disagreement"] = metrics.disagreement(list(chain(*predicted)))
+            arrays |= per_test_image
         files = {"history.csv": to_csv(self.rows), "test.npz": to_npz(arrays)}
         if run.holdout and run.nets[0] in EXITS:
             costs = [head["macs_budgeted"] for head in heads]
@@ -401,7 +421,8 @@ class Training:
         if run.noise_images:
             files["noise.csv"] = to_csv(list(chain(*noise)))
         files["weights.safetensors"] = to_safetensors(union(weights))
-        result = {"heads": heads, "provenance": self.provenance(time.monotonic() - began)}
+        result = {"heads": heads} | ({"ensemble": together} if together else {})
+        result["provenance"] = self.provenance(time.monotonic() - began, sum(used))
         return write_record(run, self.folder, result, files)
 
     def calibration(self):
@@ -489,14 +510,16 @@ class Training:
             "silalib": code_version(),
             "python": platform.python_version(),
             "torch": str(torch.__version__),
+            "kind": self.device.type,
             "device": torch.cuda.get_device_name(self.device) if gpu else processor(),
+            "amx": amx(),
             "threads": torch.get_num_threads(),
             "processes": self.ranks.size,
             "layout": self.ranks.layout,
             "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.dtypes)),
         }
 
-    def provenance(self, seconds_final):
+    def provenance(self, seconds_final, cpu_seconds):
         """Of the process that ends the run; `parts` says which one trained from which step, if they differ."""
         return {
             **{k: v for k, v in self.parts[-1].items() if k != "from_step"},
@@ -505,6 +528,7 @@ class Training:
             "train_images": len(self.target),
             "seconds": round(self.seconds, 1),
             "seconds_final": round(seconds_final, 1),
+            "cpu_seconds": round(cpu_seconds, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -530,15 +554,16 @@ def read_checkpoint(path, device):
     raise Damaged(path, instead)
 
 
-STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient")
+STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient", "offset")
 """Columns of history.csv that are means over an epoch's augmented training batches; see `statistics`."""
 
 
 def statistics(logits, gradients, target):
-    """One row of means over a batch, float64 (C, 8), in the order of STATISTICS, per head; gradient None leaves it out.
+    """One row of means over a batch, float64 (C, 9), in the order of STATISTICS, per head; gradient None leaves it out.
 
     NLL and top-1 of the head alone; z_y, alpha (equation 4), s and mean |s_c - s_k| to the peers (NaN without one);
-    |dL_cross/dz_y| = 1 - p_y of equation 5; and |dL/dz_y| of the loss that is really trained, per sample.
+    |dL_cross/dz_y| = 1 - p_y of equation 5; |dL/dz_y| of the loss that is really trained, per sample; and the offset,
+    the mean of z over the classes.
     """
     batch = len(target)
     s = torch.cat(logits).logsumexp(1).view(-1, batch)  # all heads at once: few operations, whatever their number
@@ -558,6 +583,7 @@ def statistics(logits, gradients, target):
         gap,
         -torch.expm1(-nll),
         gradient.gather(1, target[:, None])[:, 0].abs() * batch,
+        z.mean(1),
     ]
     return torch.stack([row.view(len(own), batch).double().mean(1) for row in rows], 1)
 
@@ -576,8 +602,20 @@ def per_image(logits, target, network):
         "predicted": predicted.short(),
         "top5": metrics.in_top_k(logits, target, 5),
         "s": logits.logsumexp(1).half(),
+        "offset": logits.mean(1).half(),
     }
     return {k: v.cpu().numpy() for k, v in arrays.items()}
+
+
+def ensemble(logits, target):
+    """Several networks together: `metrics.ensemble`, and what test.npz keeps of them for each image."""
+    values, log_p = metrics.ensemble(logits, target)
+    largest, predicted = log_p.max(1)
+    confidence = largest.exp().half()
+    return values, {
+        "ensemble_predicted": predicted.short().numpy(),
+        "ensemble_confidence": confidence.numpy(),
+    }
 
 
 def union(parts):
