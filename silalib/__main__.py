@@ -110,6 +110,19 @@ def parser():
     return top
 
 
+def say_seeds(options):
+    """One line where seeds are asked for that the profile does not plan."""
+    from .experiments import tiers
+
+    planned = sorted({run.seed for run in tiers(options.profile)})
+    if outside := [str(seed) for seed in options.seeds if seed not in planned]:
+        span = f"{planned[0]} to {planned[-1]}" if len(planned) > 1 else f"{planned[0]} alone"
+        print(
+            f"seed {', '.join(outside)}: {options.profile} plans {span}; what is outside is shown and never judged",
+            file=sys.stderr,
+        )
+
+
 def grids(options):
     """exhibit -> its runs, for the exhibits asked for."""
     from .experiments import EXHIBITS
@@ -177,21 +190,21 @@ def report(options):
 
 
 def status(options):
-    from . import claims
-    from .launch import cost
-    from .progress import duration
+    from . import claims, data, summary
+    from .experiments import tiers
+    from .launch import seconds_left
     from .runs import damage, failure, find, load, state
 
     labels = ("done", "running", "started", "pending", "failed", "damaged")
-    rows, speeds, left, reasons, known = [], {}, {}, {}, {}
+    rows, records, left, reasons, known = [], {}, {}, {}, {}
     for name, grid in grids(options).items():
         states = {run: known.get(run) or known.setdefault(run, state(run)) for run in grid}
         rows.append((name, [list(states.values()).count(label) for label in labels]))
         for run, label in states.items():
             if label == "done" and find(run).parent.parent.name == options.profile:
-                speeds[run] = speeds.get(run) or load(run).result["provenance"]["seconds"] / cost(run)
-            elif label != "damaged":
-                left[run] = cost(run)
+                records[run] = records.get(run) or load(run)
+            elif label not in ("done", "damaged", "failed"):
+                left[run] = label
             if label == "failed" and (found := failure(run)):
                 reasons[run] = f"failed: {found['error']} (--retry trains it again)"
             elif label == "damaged":
@@ -202,10 +215,28 @@ def status(options):
         print(f"{name:10}" + "".join(f"{count or '-':>9}" for count in counts))
     for reason in reasons.values():
         print(reason)
-    if left and speeds:
-        each = sum(left.values()) * sum(speeds.values()) / len(speeds)
-        print(f"about {duration(each)} left for one worker, at the speed of the {len(speeds)} finished runs")
+    if unlike := summary.mixed(records):
+        print(f"not trained alike: {unlike}")
+    lacking = [run for run in left if data.dataset(run.dataset).prepared and not data.here(run.dataset)]
+    seconds = seconds_left([run for run in left if run not in lacking], records)
+    tier = tiers(options.profile)
+    for number in sorted(set(tier.values())):
+        mine = {run for run in known if tier.get(run, max(tier.values())) == number}  # what no profile plans is last
+        name = f"tier {number}: " if len(set(tier.values())) > 1 else ""
+        if mine:
+            done = sum(known[run] == "done" for run in mine)
+            needed = sum(seconds.get(run, 0) for run in mine)
+            text = f"{name}{done} of {len(mine)} runs done"
+            text += f", about {hours(needed)} left at this machine's speed" if needed else ""
+            wanted = {data.dataset(run.dataset).title for run in mine.intersection(lacking)}
+            count = len(mine.intersection(lacking))
+            print(text + (f", and {count} that need your {', '.join(sorted(wanted))}" if wanted else ""))
     return 0
+
+
+def hours(seconds):
+    """Of one core, or one GPU: 0, 25 minutes, 3.4 hours."""
+    return f"{seconds / 3600:.1f} core-hours" if seconds >= 3600 else f"{seconds / 60:.0f} core-minutes"
 
 
 def follow(options):
@@ -259,6 +290,8 @@ def measure_speed(options):
 def main(arguments=None):
     try:
         options = parser().parse_args(arguments)
+        if getattr(options, "seeds", None):
+            say_seeds(options)
         if "RANK" in os.environ and (code := follow(options)) is not None:
             return code
         return options.action(options)

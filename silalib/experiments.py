@@ -318,15 +318,16 @@ def choices(profile="quick", seeds=None):
 
     Figure 6's network without momentum, without weight decay and with twice its channels; and Figure 3's pair with the
     other augmentation, Nesterov and decay factor: of the eight combinations the half in which an even number of the
-    three is changed, so that each is changed twice and Figure 3 is one of the four.
+    three is changed, so that each is changed twice and Figure 3 is one of the four. In quick all are cut short.
     """
     seeds = seeds_for("choices", profile, seeds)
-    short = dict(epochs=2) if profile == "quick" else {}
-    cheap = dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0) | short
-    runs = fig6_runs(profile, seeds, **cheap) if short else fig6(profile, seeds)
+    cheap = dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0)
+    runs, pairs = fig6(profile, seeds), fig3(profile, seeds)
+    if profile == "quick":
+        cheap |= dict(epochs=1)
+        runs, pairs = fig6_runs(profile, seeds, **cheap), [scaled(run, 0.25, width=0.0625) for run in pairs]
     for change in (dict(momentum=0.0), dict(weight_decay=0.0), dict(width=0.5)):
         runs += fig6_runs(profile, seeds, **cheap | change)
-    pairs = fig3(profile, seeds)
     base = pairs[0]
     rotated = "rotate15" in base.augment
     augment = dict(augment="crop+flip" if rotated else "crop+flip+rotate15")

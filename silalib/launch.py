@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -308,12 +309,54 @@ def interruptible():
             signal.signal(number, handler)
 
 
+def seconds_left(left, records):
+    """Run -> about how long its training takes on this machine, from `left`: CPU seconds, on a GPU seconds.
+
+    From the records of the same networks that were trained on this kind of machine; without one, a step is timed.
+    """
+    device = trainer.pick_device("auto")
+    seconds, units = Counter(), Counter()
+    for run, record in records.items():
+        origin = record.result["provenance"]
+        if origin.get("kind", "cpu") == device.type and (device.type == "cuda" or origin.get("amx") == speed.amx()):
+            seconds[run.nets[0]] += origin.get("cpu_seconds" if device.type == "cpu" else "seconds", 0)
+            units[run.nets[0]] += cost(run)
+    per_unit = {net: seconds[net] / units[net] for net in seconds if seconds[net]}
+    for run in left:
+        if run.nets[0] not in per_unit:
+            per_unit[run.nets[0]] = timed_step(run, device)
+    return {run: cost(run) * per_unit[run.nets[0]] for run in left}
+
+
+def timed_step(run, device, images=32):
+    """Seconds that a unit of `cost` takes here: a run's first network forward and backward, on made-up images."""
+    net = trainer.build(run, 0).to(device, memory_format=torch.channels_last)
+    batch = torch.rand(images, *data.dataset(run.dataset).image, device=device)
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    dtype = speed.precision(run.nets[0], device, speed.bfloat16_pays(device))
+    times, clock = [], time.perf_counter if device.type == "cuda" else time.process_time
+    with speed.one_thread():
+        for _ in range(3):
+            began = clock()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                z = net(batch)
+            sum(head.float().logsumexp(1).mean() for head in (z if isinstance(z, tuple) else (z,))).backward()
+            sum(p.grad.sum() for p in net.parameters()).item()  # waits for a GPU
+            times.append(clock() - began)
+    return min(times) / (3 * images * forward_macs(alone(run, 0)))
+
+
 @cache
 def cost(run):
     """Relative cost of a run: multiply-accumulates of its training and of the test set after each epoch."""
     spec = data.dataset(run.dataset)
-    alone = [runs.Run(run.dataset, net, "ind", width=run.width, stem=run.stem, blocks=run.blocks) for net in run.nets]
-    return run.epochs * sum(map(forward_macs, alone)) * (3 * (run.train_size or spec.train) + spec.test)
+    forward = sum(forward_macs(alone(run, slot)) for slot in range(len(run.nets)))
+    return run.epochs * forward * (3 * (run.train_size or spec.train) + spec.test)
+
+
+def alone(run, slot):
+    """A run of one network: what its size depends on, and nothing else."""
+    return runs.Run(run.dataset, run.nets[slot], "ind", width=run.width, stem=run.stem, blocks=run.blocks)
 
 
 @cache

@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from . import claims, launch, runs
+from . import claims, launch, runs, summary
 from .data import dataset
 from .errors import Stopped, UserError
 from .experiments import EXHIBITS, check_profile, scale
@@ -318,6 +318,7 @@ def provenance(stem, profile, seeds):
         ("trained", " to ".join(dict.fromkeys([*trained[:1], *trained[-1:]]))),
         ("code", listed(code)),
         ("runs", f"{len(records)} of {len(grid)}"),
+        ("not trained alike", summary.mixed(records)),
     ]
     counts = {"runs": len(grid), "missing": len(grid) - len(records), "trained": sum(o["seconds"] for o in origins)}
     left_out = {run: runs.state(run) for run in grid if run not in records}

@@ -253,9 +253,8 @@ class Record:
         return content
 
     def keeps(self, name):
-        """False for a file that is not here and need not be: weights, and at every exit what it makes of each image."""
-        large = ("weights.safetensors", "test.npz") if self.run.nets[0] in EXITS else ("weights.safetensors",)
-        return name not in large or (self.path / name).exists()
+        """False for a file that is not here and need not be: weights, and what the networks make of each test image."""
+        return name not in ("weights.safetensors", "test.npz") or (self.path / name).exists()
 
     def _table(self, name):
         import pandas as pd

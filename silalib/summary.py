@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .data import dataset
 from .experiments import training_images
 from .losses import LABELS
 from .models import MODELS, NAMES, count_macs, count_parameters
 from .runs import failure
+from .speed import precision
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
@@ -41,11 +43,13 @@ COLUMNS = ["dataset", "pair", "method", "net", "network", "metric", "seed", "val
 def measured(grid, records, metrics):
     """One row per network row, metric and seed of a table's grid: what our records hold, NaN where there is none.
 
+    IND's pair counts as two single networks of one kind, and stands under their name, as the paper's IND does.
     Columns: dataset (its title), pair, method, net (1 or 2), network, metric, seed, value, run.
     """
     rows = []
     for run in grid:
-        same = dict(dataset=dataset(run.dataset).title, pair="+".join(NAMES[net] for net in run.nets))
+        nets = run.nets if run.method != "ind" else run.nets[:1]
+        same = dict(dataset=dataset(run.dataset).title, pair="+".join(NAMES[net] for net in nets))
         same |= dict(method=run.method, seed=run.seed, run=run)
         for head, net in enumerate(run.nets):
             row = same | dict(net=head + 1, network=NAMES[net])
@@ -69,12 +73,16 @@ def printed(table):
 def gains(frame, method, over):
     """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
 
-    IND is that of the same network alone; any other method that of the same network of the same pair. Paired by seed;
-    a row that has no counterpart in the frame is left out, and one with a missing value has the gain NaN. Adds the
-    columns gain, run_over and net_over.
+    IND is Net_c of the same network's own pair, or its one network, as in the paper, where it was trained alone; any
+    other method is that of the same network of the same pair. Paired by seed; a row that has no counterpart in the
+    frame is left out, and one with a missing value has the gain NaN. Adds the columns gain, run_over and net_over.
     """
-    keys = ["dataset", "network", "metric", "seed"] + ([] if over == "ind" else ["pair", "net"])
-    baseline = frame[frame["method"] == over].assign(net_over=frame["net"])[[*keys, "value", "run", "net_over"]]
+    keys = ["dataset", "network", "metric", "seed", "net"] + ([] if over == "ind" else ["pair"])
+    baseline = frame[frame["method"] == over].assign(net_over=frame["net"])
+    if over == "ind":  # what has no second network stands beside both
+        slots = frame["net"].unique()
+        baseline = pd.concat([baseline, *(baseline[baseline["net"] == 1].assign(net=slot) for slot in slots)])
+    baseline = baseline[[*keys, "value", "run", "net_over"]]
     merged = frame[frame["method"] == method].merge(baseline.drop_duplicates(keys), on=keys, suffixes=("", "_over"))
     sign = merged["metric"].map(lambda metric: -1.0 if metric == "nll" else 1.0)
     return merged.assign(gain=(sign * (merged["value"] - merged["value_over"])).astype(float))
@@ -101,8 +109,6 @@ def networks():
 
     A data frame of text; an empty cell is a figure that is not documented.
     """
-    import torch
-
     rows = []
     for known in reported("networks").fillna("").to_dict("records"):
         image = known["channels"], known["size"], known["size"]
@@ -156,11 +162,12 @@ def cells(grid, records, metrics, table=None):
 
     grid: the exhibit's runs. records: dict run -> Record of those that are finished. Columns: dataset, pair, method (as
     the paper spells it), net (1 or 2), network, metric, seed, value (NaN where there is no record), failed (where
-    training failed, in words), gain over IND of the same network, data set and seed (positive is better), paper,
-    paper_gain. A stand-in has the paper's first data set beside it.
+    training failed, in words), gain over IND of the same network, data set, seed and net (positive is better), paper,
+    paper_gain. A stand-in has the paper's first data set beside it. Net2 of IND's pair is a baseline and no row.
     """
     keys = ["pair", "method", "net", "metric"]
     frame = _with_gains(measured(grid, records, metrics))
+    frame = frame[(frame["method"] != "ind") | (frame["net"] == 1)]
     if table:
         paper = printed(table)
         numbers = _with_gains(paper).rename(columns={"dataset": "beside", "value": "paper", "gain": "paper_gain"})
@@ -177,6 +184,25 @@ def _with_gains(frame):
     keys = ["dataset", "pair", "method", "net", "metric", "seed"]
     found = [gains(frame, method, "ind")[[*keys, "gain"]] for method in LABELS if method != "ind"]
     return frame.merge(pd.concat(found).drop_duplicates(keys), "left", keys)
+
+
+def mixed(records):
+    """In words, the data sets and seeds whose runs were not all trained on one kind of device and in one precision, so
+    that their differences are not those of the methods alone; "" where all were."""
+    found = {}
+    for run, record in records.items():
+        for part in record.result["provenance"].get("parts", [record.result["provenance"]]):
+            kinds, precisions = found.setdefault((dataset(run.dataset).title, run.seed), (set(), set()))
+            kind = part.get("kind", "cpu")
+            kinds.add(kind)
+            if any(precision(net, torch.device(kind), True).itemsize < 4 for net in run.nets):
+                precisions.add("bfloat16" if "bfloat16" in part["precision"] else "float32")
+    named = [
+        f"{title}, seed {seed} ({' and '.join(sorted(kinds if len(kinds) > 1 else precisions))})"
+        for (title, seed), (kinds, precisions) in found.items()
+        if max(len(kinds), len(precisions)) > 1
+    ]
+    return "; ".join(named)
 
 
 def failed_at(run):
@@ -327,6 +353,14 @@ def seeds(counts, before=""):
         return ""
     span = f"{found[0]} to {found[-1]}" if len(found) > 1 else f"{found[0]}"
     return f"{before}{span} seed{'' if found == [1] else 's'}"
+
+
+def over_seeds_of(values, digits=2, signed=False):
+    """Text of a field of several records, one value a seed, as `plus_minus`; "not run" without records, and "not
+    recorded" where a record is older than the field (None)."""
+    if None in values:
+        return "not recorded"
+    return plus_minus(*interval(values), digits, signed) or "not run"
 
 
 def plus_minus(mean, half, digits=2, signed=False):

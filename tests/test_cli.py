@@ -108,7 +108,9 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert lines[2].split() in (["tiny", *"---2--"], ["tiny", *"--11--"])
     assert main(arguments) == 0
     assert main(["status", "tiny"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["tiny", "2", "-", "-", "-", "-", "-"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split() == ["tiny", "2", "-", "-", "-", "-", "-"]
+    assert lines[-1] == "2 of 2 runs done"
     before = {p: p.read_bytes() for p in results.rglob("result.json")}
     assert len(before) == 2
     assert main(arguments) == 0  # trains nothing

@@ -465,10 +465,10 @@ def test_a_run_that_diverged_is_shown_with_epoch_step_and_rate(tiny, exhibit, ca
 def test_any_error_of_a_run_ends_that_run_alone(exhibit, monkeypatch, capsys):
     grid, real = exhibit(), trainer.train
 
-    def fail(run, *rest):
+    def fail(run, *rest, **more):
         if run.seed == 0:
             raise RuntimeError("a bad kernel\nand more")
-        return real(run, *rest)
+        return real(run, *rest, **more)
 
     monkeypatch.setattr(trainer, "train", fail)
     assert main(["train", "tiny", "--workers", "1"]) == 1
@@ -481,7 +481,7 @@ def test_any_error_of_a_run_ends_that_run_alone(exhibit, monkeypatch, capsys):
 
 
 def test_out_of_gpu_memory_names_the_batch_size(exhibit, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
 
     exhibit()

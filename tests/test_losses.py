@@ -18,6 +18,7 @@ from silalib.losses import (
     PAPER_METHODS,
     SiameseLabelsLoss,
     independent,
+    mean_peer,
     mutual_kl,
     mutual_learning,
     siamese_labels,
@@ -146,6 +147,38 @@ def test_zero_peer_is_cross_entropy_and_the_coupling_to_zero(reduction):
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
     for a, b in zip(gradients(actual.sum(), logits), gradients(expected.sum(), logits)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_mean_peer_is_independent_training_and_the_coupling_to_the_own_mean(reduction):
+    """A copy of `independent`, and 2 log(2 cosh((s - m) / 2)) - 2 log 2 with m a number: no gradient flows into it."""
+    logits, betas = heads(2), (0.5, 2.0)
+    expected = 0
+    for beta, z in zip(betas, logits):
+        s = z.logsumexp(1)
+        m = s.mean().item()
+        coupling = 2 * torch.log(2 * torch.cosh((s - m) / 2)) - 2 * math.log(2)
+        expected = expected + independent([z], TARGET, [beta], "none") + beta * coupling
+    expected = expected if reduction == "none" else getattr(expected, reduction)()
+    actual = mean_peer(logits, TARGET, betas, reduction)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
+    for a, b in zip(gradients(actual.sum(), logits), gradients(expected.sum(), logits)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_mean_peer_by_hand():
+    """Two samples of one class: cross-entropy 0, s = z = 0 and 2, the mean 1: the coupling is 2 log cosh(1/2) in both.
+
+    Its gradient is tanh((s - 1) / 2), over the batch of two.
+    """
+    z = torch.tensor([[0.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    loss = mean_peer([z], torch.tensor([0, 0]))
+    assert loss.item() == pytest.approx(2 * math.log((math.exp(0.5) + math.exp(-0.5)) / 2), rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert gradient.flatten().tolist() == pytest.approx([-math.tanh(0.5) / 2, math.tanh(0.5) / 2], rel=1e-12)
+    # a level that all samples share costs nothing, and no s is too large
+    (far,) = gradients(mean_peer([z + 1e4], torch.tensor([0, 0])), [z])
+    torch.testing.assert_close(far, gradient, rtol=1e-9, atol=0)
 
 
 def test_zero_peer_has_the_gradient_of_independent_training_where_s_is_zero():
@@ -308,13 +341,14 @@ def per_head_losses(method, logits, target):
             for k in peers:
                 p = logits[k].detach().softmax(1)
                 loss = loss + F.kl_div(z.log_softmax(1), p, reduction="batchmean") / len(peers)
-        if method == "zero-peer":
+        if "peer" in method:
             s = z.logsumexp(1)
-            loss = loss + (2 * F.softplus(s) - s).mean()
+            s = s - (s.mean().detach() if method == "mean-peer" else 0)
+            loss = loss + (2 * F.softplus(s) - s).mean() - (2 * math.log(2) if method == "mean-peer" else 0)
         yield loss
 
 
-@pytest.mark.parametrize("method", [*PAPER_METHODS, "zero-peer"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [2, 3])
 def test_one_backward_of_the_sum_is_one_backward_per_head(method, count):
     torch.manual_seed(0)
@@ -341,7 +375,7 @@ def test_where_the_peers_s_is_enough_its_logits_do_not_matter(method):
 # -- numbers and types
 
 
-@pytest.mark.parametrize("method", [*PAPER_METHODS, "zero-peer"])
+@pytest.mark.parametrize("method", METHODS)
 def test_extreme_logits_stay_finite(method):
     g = torch.Generator().manual_seed(0)
     logits = [(1e4 * torch.randint(-1, 2, (B, N), generator=g)).float().requires_grad_() for _ in range(2)]

@@ -5,12 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
+from silalib import metrics
 from silalib.metrics import (
+    TEMPERATURES,
+    best_temperature,
+    calibration,
     compare,
     cross_entropy,
+    ece,
+    ensemble,
     expected_calibration_error,
     in_top_k,
     reliability,
@@ -136,3 +144,99 @@ def test_compare_by_hand():
     # five fixed, one broken: 2 * (1 + 6) / 64
     assert compare([1] * 5 + [0], [0] * 5 + [1]) == (5, 1, pytest.approx(14 / 64))
     assert compare([1, 0], [1, 0]) == (0, 0, 1.0)
+
+
+# -- temperature scaling and ensembles, computed a second time with NumPy and SciPy
+
+
+def confident(classes, n, scale, seed=0):
+    """float32 logits that are right in about half of the cases, and too sure or not sure enough by the scale."""
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(classes, (n,), generator=g)
+    z = torch.randn(n, classes, generator=g)
+    z[torch.arange(n), target] += 1.5
+    return scale * z + torch.randn(n, 1, generator=g), target
+
+
+def binned_error(probabilities, target):
+    """ECE by a loop over images and bins, in percent."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == target
+    total = 0.0
+    for i in range(15):
+        inside = [k for k, c in enumerate(confidence) if i / 15 < c <= (i + 1) / 15]
+        total += abs(sum(right[k] for k in inside) - sum(confidence[k] for k in inside))
+    return 100 * total / len(target)
+
+
+def mean_nll(z, target):
+    return (logsumexp(z, axis=1) - z[np.arange(len(z)), target]).mean()
+
+
+def searched(z, target):
+    """The best temperature by a search over its logarithm."""
+    found = minimize_scalar(
+        lambda t: mean_nll(z / np.exp(t), target), bounds=(-2.9, 2.9), method="bounded", options={"xatol": 1e-12}
+    )
+    return np.exp(found.x)
+
+
+@pytest.mark.parametrize("classes, n, scale", [(10, 500, 1.0), (100, 2001, 4.0), (10, 301, 0.3)])
+def test_calibration_against_numpy_and_scipy(classes, n, scale):
+    logits, target = confident(classes, n, scale)
+    actual = calibration(logits, target)
+    z, y = logits.double().numpy(), target.numpy()
+    even, odd = searched(z[::2], y[::2]), searched(z[1::2], y[1::2])
+    scaled = z / np.where(np.arange(n) % 2, even, odd)[:, None]  # the temperature of the other half
+    assert actual["temperature"] == pytest.approx([even, odd], rel=1e-6)
+    assert actual["nll_scaled"] == pytest.approx(mean_nll(scaled, y), rel=1e-6)
+    assert actual["ece"] == pytest.approx(binned_error(softmax(z, axis=1), y), abs=1e-6)
+    assert actual["ece_scaled"] == pytest.approx(binned_error(softmax(scaled, axis=1), y), abs=1e-6)
+    assert ece(logits.double(), target) == actual["ece"]
+    assert actual["nll_scaled"] < mean_nll(z, y)  # what it is for
+
+
+def test_temperature_by_hand():
+    """Two classes, logits (a, 0), right in three of four: p = 3/4 at a/T = log 3."""
+    logits = torch.tensor([[5.0, 0.0]] * 4, dtype=torch.float64)
+    target = torch.tensor([0, 0, 0, 1])
+    assert best_temperature(logits, target) == pytest.approx(5 / math.log(3), rel=1e-9)
+    # all right: the colder the better; worse than chance: the hotter the better
+    assert best_temperature(logits, target * 0) == TEMPERATURES[0]
+    assert best_temperature(logits, target * 0 + 1) == TEMPERATURES[1]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ensemble_against_numpy_and_scipy(count):
+    pairs = [confident(20, 400, 2.0 + c, seed=c) for c in range(count)]
+    heads, target = [z for z, _ in pairs], pairs[0][1]
+    actual, log_p = ensemble(heads, target)
+    z, y = [head.double().numpy() for head in heads], target.numpy()
+    each = [log_softmax(head, axis=1) for head in z]
+    p = sum(np.exp(lp) for lp in each) / count
+    np.testing.assert_allclose(log_p.exp().numpy(), p, rtol=1e-12)
+    order = np.argsort(-p, axis=1)
+    assert actual["top1"] == pytest.approx(100 * (order[:, 0] == y).mean())
+    assert actual["top5"] == pytest.approx(100 * (order[:, :5] == y[:, None]).any(1).mean())
+    assert actual["nll"] == pytest.approx(-np.log(p[np.arange(400), y]).mean(), rel=1e-6)
+    assert actual["ece"] == pytest.approx(binned_error(p, y), abs=1e-6)
+    half = [searched(np.log(p[i::2]), y[i::2]) for i in (0, 1)]
+    scaled = np.log(p) / np.where(np.arange(400) % 2, *half)[:, None]
+    assert actual["nll_scaled"] == pytest.approx(mean_nll(scaled, y), rel=1e-6)
+    differ, kl = [], []
+    for a in range(count):
+        for b in range(count):
+            if a != b:
+                differ.append(100 * (z[a].argmax(1) != z[b].argmax(1)).mean())
+                kl.append((np.exp(each[a]) * (each[a] - each[b])).sum(1).mean())
+    assert actual["disagreement"] == pytest.approx(np.mean(differ), rel=1e-6)
+    assert actual["divergence"] == pytest.approx(np.mean(kl), rel=1e-6)
+
+
+def test_equal_networks_agree():
+    logits, target = confident(10, 300, 2.0)
+    actual, _ = ensemble([logits, logits], target)
+    assert (actual["disagreement"], actual["divergence"]) == (0, 0)
+    alone = summary(logits.double(), target) | calibration(logits, target)
+    for name in ("top1", "top5", "nll", "ece", "nll_scaled"):
+        assert actual[name] == pytest.approx(alone[name], rel=1e-9)
+    assert metrics.disagreement([target, target, (target + 1) % 10]) == pytest.approx(200 / 3)

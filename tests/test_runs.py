@@ -59,6 +59,7 @@ OTHER = {
     "noise_draws": 3,
     "hessian_images": 10,
     "blocks": 3,
+    "init": "pytorch",
 }
 """Another value of each field."""
 

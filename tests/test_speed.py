@@ -201,10 +201,12 @@ def test_bench_refuses_unknown_settings(capsys):
 
 
 def test_projected_time_is_cost_times_measured_speed():
-    """Two rows: ResNet18 alone takes 2 s an epoch, so 520 s for 260 epochs; its pair with SiLa 4 s, so 1040 s."""
+    """Two rows: ResNet18 alone takes 2 s an epoch; its pair with SiLa 4 s, so 1040 s for 260 epochs.
+
+    Figure 3 has IND's pair too, which was not measured and is taken at the mean speed of both: 1040 s."""
     row = lambda method, s: {"nets": "resnet18" if method == "ind" else "resnet18+resnet18", "speed": "fast",
                              "method": method, "seconds_per_epoch": s}  # fmt: skip
-    assert bench.projected([row("ind", 2), row("sila", 4)], "fast")["fig3"] == pytest.approx(1560)
+    assert bench.projected([row("ind", 2), row("sila", 4)], "fast")["fig3"] == pytest.approx(2080)
 
 
 @pytest.mark.slow
