@@ -67,6 +67,7 @@ class Reference:
             pin_memory=device.type == "cuda", persistent_workers=True,
         )  # fmt: skip
 
+    @torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True)  # as PyTorch comes
     def epoch(self):
         """The mean loss."""
         total = 0.0

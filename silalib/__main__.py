@@ -62,7 +62,10 @@ def parser():
     def with_training(sub):
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         sub.add_argument(
-            "--workers", type=at_least(1), metavar="N", help="runs at once; default one per CPU core, or one on a GPU"
+            "--workers",
+            type=at_least(1),
+            metavar="N",
+            help="runs at once; default one per CPU core or GPU; more share the GPUs",
         )
         sub.add_argument(
             "--budget", type=seconds, metavar="TIME", help="stop cleanly after this time, such as 9m; exit status 75"
@@ -77,6 +80,7 @@ def parser():
         sub.add_argument(
             "--gpus-per-run", type=float, metavar="N", help="of the Ray cluster's, 1 by default; 0.5 shares one"
         )
+        sub.add_argument("--no-graphs", action="store_true", help="on a GPU: no CUDA graphs, slower")
         sub.add_argument("--retry", action="store_true", help="train runs again that failed before")
 
     sub = command("train", "train what an exhibit is missing", train)
@@ -103,7 +107,7 @@ def parser():
     sub.add_argument("--nets", nargs="+", help="names, or pairs such as mobilenet+vgg13; default: four of the paper's")
     sub.add_argument("--methods", nargs="+", help="default: ind sila")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    sub.add_argument("--speeds", nargs="+", help="settings of the trainer: fast (default) eager compiled float32 plain")
+    sub.add_argument("--speeds", nargs="+", help="the trainer's: fast (default) eager compiled float32 nchw plain")
     sub.add_argument("--rounds", type=at_least(1), default=5)
     sub.add_argument("--steps", type=at_least(1), help="batches in a round; default 2 on a CPU, 100 on a GPU")
     sub.add_argument("--output", help="the JSON file; default bench.json in the results folder")
@@ -149,6 +153,7 @@ def train_missing(options):
             backend=options.backend,
             ray_address=options.ray_address,
             gpus_per_run=options.gpus_per_run,
+            graphs=not options.no_graphs,
         )
     return len(records), len(runs)
 

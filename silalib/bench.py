@@ -21,7 +21,7 @@ from .models import EXITS, count_macs
 from .paths import ROOT, results_folder
 from .progress import duration
 from .runs import Run, to_json, write_atomically
-from .speed import PLAIN, fast, one_thread, own_stream
+from .speed import PLAIN, fast, one_thread, own_stream, settings
 from .trainer import Training, pick_device, processor
 
 NETS = ("resnet18", "mobilenet", "vgg13", "msdnet_anytime")
@@ -30,6 +30,7 @@ SPEEDS = {
     "eager": lambda device: replace(fast(device), graphs=False),
     "compiled": lambda device: replace(fast(device), compiled=True),
     "float32": lambda device: replace(fast(device), half=False),
+    "nchw": lambda device: replace(fast(device), channels_last=False),
     "plain": lambda device: PLAIN,
 }
 """Name -> settings of the trainer; "fast" is what trainings have."""
@@ -134,17 +135,17 @@ def peak(device, dtype, rounds=5):
     return 2 * n**3 / min(times)
 
 
-def peak_memory(device, reset=False):
-    """Bytes of the device at most in use since the last reset; on a CPU of the process, None where Linux is not."""
+def memory(device, reset=False):
+    """(Bytes of the device in use, at most since the last reset); on a CPU of the process, None where Linux is not."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
     except OSError:
         return None
 
@@ -154,20 +155,28 @@ def measure(run, device, speeds, rounds, steps, reference):
     spec = data.dataset(run.dataset)
     n, test = steps * run.batch_size, 500
     with made_up(spec, n, test) as (images, labels):
-        ours = {name: Ours(run, device, SPEEDS[name](device)) for name in speeds}
-        loops = {"reference": reference.Reference(run, images, labels, device), **ours}
-        times = {name: [] for name in loops}
-        tests, memory = {name: [] for name in ours}, {}
-        for i in range(rounds + 2):  # the first two warm up, and capture graphs
+        make = {name: lambda name=name: Ours(run, device, SPEEDS[name](device)) for name in speeds}
+        make = {"reference": lambda: reference.Reference(run, images, labels, device)} | make
+        loops, own = {}, {}
+        for name in make:  # one after the other, so that each one's own memory is known
+            before = memory(device)
+            loops[name] = make[name]()
+            for _ in range(2):  # warm up, and capture graphs
+                loops[name].epoch()
+            for _ in range(4 if name in speeds else 0):
+                loops[name].test()
+            own[name] = before and memory(device)[0] - before[0]
+        ours = {name: loops[name] for name in speeds}
+        times, tests, most = {name: [] for name in loops}, {name: [] for name in ours}, dict.fromkeys(loops)
+        for i in range(rounds):
             for name in list(loops)[:: 1 if i % 2 else -1]:
-                peak_memory(device, reset=True)
-                spent = seconds(device, loops[name], loops[name].epoch)
-                memory[name] = peak_memory(device)
-                if i >= 2:
-                    times[name].append(spent)
-                    if name in ours:
-                        tests[name].append(seconds(device, loops[name], loops[name].test))
-        del loops["reference"]
+                before = memory(device, reset=True)
+                times[name].append(seconds(device, loops[name], loops[name].epoch))
+                if before:
+                    most[name] = max(most[name] or 0, own[name] + memory(device)[1] - before[0])
+                if name in ours:
+                    tests[name].append(seconds(device, loops[name], loops[name].test))
+        del loops
     macs = sum(count_macs(net, spec.image) for net in ours[speeds[0]].training.nets.values())
     rows = []
     for name, loop in ours.items():
@@ -188,7 +197,7 @@ def measure(run, device, speeds, rounds, steps, reference):
                 "gflops": rate / 1e9,
                 "peak_gflops": best / 1e9,
                 "share_of_peak": rate / best,
-                "peak_memory_bytes": memory[name],
+                "peak_memory_bytes": most[name],
                 "seconds_per_epoch": per_epoch,
             }
         )
@@ -233,8 +242,8 @@ def bench(nets=NETS, methods=("ind", "sila"), device="auto", speeds=("fast",), r
     line = "{:23}{:9}{:9}{:24}{:24}{:20}{:>9}{:>9}{:>7}{:>8}{:>10}".format
     print(line(*header, "s/epoch"))
     rows = []
-    settings = torch.random.fork_rng(devices=[device] if gpu else []), torch.backends.cudnn.flags(True, gpu)
-    with settings[0], settings[1], own_stream(device), nullcontext() if gpu else one_thread():
+    apart = torch.random.fork_rng(devices=[device] if gpu else [])
+    with apart, settings(device), own_stream(device), nullcontext() if gpu else one_thread():
         for run in runs:
             for row in measure(run, device, list(speeds), rounds, steps or (100 if gpu else 2), reference):
                 rows.append(row)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import data, runs
-from .errors import Damaged, UserError
+from .errors import Damaged, GraphFailed, UserError
 from .mailbox import Mailbox
 
 DEATHS = 3
@@ -105,10 +105,11 @@ def follow(ray, pending, job, workers, stopped, progress, marker, gpus):
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=DEATHS)(train)
+    once = {"max_calls": 1} if gpus else {}  # no process trains on a GPU after another's graph has failed in it
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=DEATHS, **once)(train)
     environment = {k: os.environ[k] for k in ("SILALIB_RESULTS", "SILALIB_DATA") if k in os.environ}
     environment = {k: str(Path(v).absolute()) for k, v in environment.items()}
-    waiting, futures, outcomes = list(pending), {}, {}
+    waiting, futures, outcomes, eager = list(pending), {}, {}, set()
     while waiting or futures:
         if stopped.is_set():
             waiting.clear()
@@ -117,12 +118,18 @@ def follow(ray, pending, job, workers, stopped, progress, marker, gpus):
             run = waiting.pop(0)
             left = [job.folder / run.key / name for name in (*runs.CHECKPOINTS, "failed.json")]
             left = {path.name: path.read_bytes() for path in left if path.exists()}
-            futures[task.remote(job, run, environment, marker, left, mailbox)] = run
+            own = replace(job, graphs=job.graphs and run not in eager)
+            futures[task.remote(own, run, environment, marker, left, mailbox)] = run
         done, _ = ray.wait(list(futures), timeout=LISTEN_SECONDS) if futures else ([], [])
         hand_on(ray.get(mailbox.collect.remote()), progress)
         for future in done:
             run = futures.pop(future)
             outcomes[run] = outcome(ray, future, run, job.folder / run.key)
+            if isinstance(outcomes[run], GraphFailed):
+                progress.message(run=run, text=f"{outcomes[run]}: done again without, in another process")
+                eager.add(run)
+                waiting.insert(0, run)
+                continue
             settle(run, outcomes[run], progress, stopped)
     return outcomes
 

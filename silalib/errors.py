@@ -28,5 +28,13 @@ class NoRoom(UserError):
     """Nothing can be written where the results are."""
 
 
+class NoDevice(UserError):
+    """The device is there and cannot be used."""
+
+
+class GraphFailed(UserError):
+    """A CUDA graph could not be captured. This process may be left in capture mode: it must train nothing more."""
+
+
 class Stopped(UserError):
     """Training was stopped by a signal or a budget, with everything unfinished checkpointed."""

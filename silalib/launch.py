@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -12,20 +13,20 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from . import data, experiments, runs, speed, torchrun, trainer
-from .errors import Damaged, MissingData, NoRoom, Stopped, UserError
+from .errors import Damaged, GraphFailed, MissingData, NoDevice, NoRoom, Stopped, UserError
 from .models import count_macs
 from .paths import results_folder
 from .progress import Progress, duration, numbers
 
 
-def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=None):
+def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=None, graphs=True):
     """Train the pending runs of a profile; see `runs.ensure` for the arguments, `cluster.Ray` for ray.
 
     They are trained in the turns of `experiments.turns`, in each turn the longest first, so that no worker is left with
@@ -50,8 +51,10 @@ def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=
     here = [run for run in here if run not in refused]
     threads = 1
     if ray is None:
-        cpu, shared = trainer.pick_device(device).type == "cpu", torchrun.size() > 1
-        at_once = torchrun.local_size() if shared else workers or (cpu_cores() if cpu else 1)
+        place, shared = trainer.pick_device(device), torchrun.size() > 1
+        cpu = place.type == "cpu"
+        own = cpu_cores() if cpu else torch.cuda.device_count() if place.index is None else 1
+        at_once = torchrun.local_size() if shared else workers or own
         threads = max(1, cpu_cores() // at_once) if cpu else 1
         workers = 1 if shared else min(at_once, len(here))
     job = Job(
@@ -62,6 +65,7 @@ def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=
         only_whole=only_whole,
         retry=retry,
         half={run.key: alike[run][1] for run in here},
+        graphs=graphs,
     )
     outcomes = {}
     if here:
@@ -130,6 +134,7 @@ class Job:
     only_whole: bool
     retry: bool
     half: dict = field(default_factory=dict)  # key of a run -> whether its block is in bfloat16; None: open
+    graphs: bool = True
 
     def train(self, run, stopped, tell):
         """Train one run unless another process has done it meanwhile. Returns the outcome in words."""
@@ -156,7 +161,8 @@ class Job:
                 torch.set_num_threads(self.threads)
                 try:
                     train = torchrun.train if torchrun.size() > 1 else trainer.train
-                    train(run, folder, self.device, stop, tell, hurry, half=self.half.get(run.key))
+                    more = dict(half=self.half.get(run.key), graphs=self.graphs)
+                    train(run, folder, self.device, stop, tell, hurry, **more)
                 except trainer.Diverged as error:
                     runs.remove_leftovers(folder)  # the checkpoints may hold weights that are lost already
                     runs.write_failure(folder, error, epoch=error.epoch, step=error.step, lr=error.lr)
@@ -166,43 +172,92 @@ class Job:
         return f"top-1 {numbers(head['top1'] for head in record.heads)} in {duration(seconds)}"
 
 
+class Pace:
+    """How long runs take here, from those that ended: with --only-whole none is started that would not end in time."""
+
+    def __init__(self, job):
+        self.job, self.seconds = job, {}
+
+    def learn(self, run):
+        """After a run: seconds for a unit of its `cost`; the slowest of its first network counts."""
+        with suppress(UserError):
+            origin = runs.load(run).result["provenance"]
+            speed = (origin["seconds"] + origin["seconds_final"]) / cost(run)
+            self.seconds[run.nets[0]] = max(speed, self.seconds.get(run.nets[0], 0))
+
+    def too_long(self, run):
+        """Whether a run is known not to end before the deadline; one that has a checkpoint finds out by itself."""
+        if not (self.job.only_whole and self.job.deadline and run.nets[0] in self.seconds):
+            return False
+        left = self.job.deadline - time.time()
+        return runs.state(run) == "pending" and self.seconds[run.nets[0]] * cost(run) > left
+
+
+TOO_LONG = "it would not end in the budget"
+
+
 def in_this_process(pending, job, workers, stopped, progress):
-    outcomes = {}
+    outcomes, pace, waiting = {}, Pace(job), list(pending)
     threads = torch.get_num_threads()
     try:
-        for run in pending:
-            outcomes[run] = attempt(job, run, stopped.is_set, progress.message)
-            settle(run, outcomes[run], progress, stopped)
+        while waiting:
+            run = waiting.pop(0)
+            outcomes[run] = (
+                Stopped(TOO_LONG) if pace.too_long(run) else attempt(job, run, stopped.is_set, progress.message)
+            )
+            if isinstance(outcomes[run], GraphFailed):  # a fresh process for it, and for all others
+                progress.message(run=run, text=f"{outcomes[run]}: done again without, in another process")
+                return outcomes | in_workers([run, *waiting], job, 1, stopped, progress, eager={run})
+            settle(run, outcomes[run], progress, stopped, pace)
     finally:
         torch.set_num_threads(threads)
     return outcomes
 
 
-def in_workers(pending, job, workers, stopped, progress):
-    context = multiprocessing.get_context("spawn")
-    messages, stop = context.Queue(), context.Event()
-    outcomes = {}
-    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(messages, stop))
-    with large_pages(), pool:
-        futures = {pool.submit(work, job, run): run for run in pending}
-        try:
-            while futures:
-                if stopped.is_set():
-                    stop.set()
-                drain(messages, progress)
-                for future in [f for f in futures if f.done()]:
-                    run = futures.pop(future)
-                    outcomes[run] = future.result()
-                    settle(run, outcomes[run], progress, stopped)
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process died: out of memory (use fewer workers), or a script that calls ensure() outside of "
-                "`if __name__ == '__main__':`; start again to go on"
-            ) from None
-        finally:
-            stop.set()
-            for future in futures:
-                future.cancel()
+def in_workers(pending, job, workers, stopped, progress, eager=()):
+    """Outcomes of runs trained by processes of their own. A run of `eager` is trained without CUDA graphs.
+
+    When a graph cannot be captured, all processes end after their runs and fresh ones go on; that run becomes eager.
+    """
+    outcomes, waiting, eager, pace = {}, list(pending), set(eager), Pace(job)
+    while waiting and not stopped.is_set():
+        context = multiprocessing.get_context("spawn")
+        messages, places, stop, sound = context.Queue(), context.Queue(), context.Event(), True
+        for place in range(workers):
+            places.put(place)
+        pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(messages, places, stop))
+        with large_pages(), pool:
+            futures = {}
+            try:
+                while futures or (waiting and sound and not stopped.is_set()):
+                    if stopped.is_set():
+                        stop.set()
+                    while waiting and sound and len(futures) < workers and not stopped.is_set():
+                        run = waiting.pop(0)
+                        if pace.too_long(run):
+                            outcomes[run] = Stopped(TOO_LONG)
+                            continue
+                        futures[pool.submit(work, replace(job, graphs=job.graphs and run not in eager), run)] = run
+                    drain(messages, progress)
+                    for future in [f for f in futures if f.done()]:
+                        run, outcome = futures.pop(future), future.result()
+                        if isinstance(outcome, GraphFailed):
+                            progress.message(run=run, text=f"{outcome}: done again without, in another process")
+                            sound = False
+                            eager.add(run)
+                            waiting.insert(0, run)
+                        else:
+                            outcomes[run] = outcome
+                            settle(run, outcome, progress, stopped, pace)
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process died: out of memory (use fewer workers), or a script that calls ensure() outside "
+                    "of `if __name__ == '__main__':`; start again to go on"
+                ) from None
+            finally:
+                stop.set()
+                for future in futures:
+                    future.cancel()
     return outcomes
 
 
@@ -230,11 +285,13 @@ def drain(messages, progress):
         pass
 
 
-def settle(run, outcome, progress, stopped):
+def settle(run, outcome, progress, stopped, pace=None):
     if isinstance(outcome, Stopped):
         return
-    if isinstance(outcome, NoRoom):  # for the other runs there is none either
+    if isinstance(outcome, (NoRoom, NoDevice)):  # the other runs have none either
         stopped.set()
+    if pace and not isinstance(outcome, Exception):
+        pace.learn(run)
     progress.finish(run, f"failed: {outcome}" if isinstance(outcome, Exception) else outcome)
 
 
@@ -245,12 +302,12 @@ def attempt(job, run, stopped, tell):
     except UserError as error:
         return error.with_traceback(None)  # which would keep the networks in memory
     except torch.OutOfMemoryError:
-        return UserError(
-            f"{run}: out of GPU memory at batch size {run.batch_size}: use fewer --workers or --device cpu"
-        )
+        return out_of_memory(run)
     except OSError as error:
         return UserError(f"{run}: {error.strerror or error} ({error.filename or 'results folder'})")
     except Exception as error:  # whatever it is, the other runs go on
+        if re.search(r"CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", str(error)):
+            return out_of_memory(run)
         folder = job.folder / run.key
         line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         with suppress(UserError, OSError):
@@ -261,10 +318,14 @@ def attempt(job, run, stopped, tell):
         return UserError(text)
 
 
-def start_worker(messages, stop):
-    """A worker leaves signals to the main process, which tells it when to stop."""
-    global _messages, _stop
-    _messages, _stop = messages, stop
+def out_of_memory(run):
+    return UserError(f"{run}: out of GPU memory at batch size {run.batch_size}: use fewer --workers or --device cpu")
+
+
+def start_worker(messages, places, stop):
+    """A worker leaves signals to the main process, which tells it when to stop. Each has a place of its own, from 0."""
+    global _messages, _place, _stop
+    _messages, _place, _stop = messages, places.get(), stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=outlive_nothing, daemon=True).start()
@@ -283,7 +344,16 @@ def outlive_nothing():
 def work(job, run):
     stopped = lambda: _stop.is_set() or not multiprocessing.parent_process().is_alive()
     with _working:
+        job = replace(job, device=own_gpu(job.device, _place))
         return attempt(job, run, stopped, lambda **message: _messages.put(message))
+
+
+def own_gpu(name, place):
+    """The device of the worker at a place: with several GPUs and none of them named they are taken in turn."""
+    device = trainer.pick_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return name
+    return f"cuda:{place % torch.cuda.device_count()}"
 
 
 @contextmanager

@@ -11,6 +11,6 @@ def derive(seed, *path):
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(seed, *path):
-    """A CPU generator for one purpose: the draws are the same on every device."""
-    return torch.Generator().manual_seed(derive(seed, *path))
+def generator(seed, *path, device="cpu"):
+    """A generator for one purpose. That of the CPU draws the same wherever its numbers go; a GPU's own draws others."""
+    return torch.Generator(device).manual_seed(derive(seed, *path))

@@ -19,11 +19,15 @@ def filter_norms(parameter):
 
 
 def noise_directions(parameters, kind, seed, draw):
-    """Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or about as long as its filter."""
-    g = generator(seed, "noise", draw)
+    """Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or about as long as its filter.
+
+    Drawn where the parameters are: a GPU draws other numbers than a CPU.
+    """
+    device = parameters[0].device
+    g = generator(seed, "noise", draw, device=device)
     directions = []
     for p in parameters:
-        noise = torch.randn(p.shape, generator=g).to(p)
+        noise = torch.randn(p.shape, generator=g, device=device).to(p)
         if kind == "filter":
             per_filter = p[0].numel() if p.dim() > 1 else 1
             noise = noise * (filter_norms(p) / per_filter**0.5)

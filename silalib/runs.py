@@ -562,12 +562,14 @@ def ensure(
     backend="local",
     ray_address=None,
     gpus_per_run=None,
+    graphs=True,
 ):
     """Records of the runs, as a dict in their order: finished ones are loaded, unfinished resumed, missing trained.
 
     A run with a damaged record is trained again; the damaged file becomes *.corrupt.
     profile: the folder under results/ for new records. device: "auto", "cpu", "cuda" or "cuda:1".
-    workers: runs trained at once, by default one per CPU core on a CPU (one thread each) and one on a GPU.
+    workers: runs trained at once, by default one per CPU core on a CPU (one thread each) and one on each GPU; more
+    share the GPUs in turn.
     train: False only loads; a run without a record, or with a damaged one, is then left out of the dict.
     budget: seconds after which training stops cleanly; only_whole gives a run up, with a checkpoint, as soon as its
     measured speed says that its training would not end in them.
@@ -575,6 +577,7 @@ def ensure(
     backend: "local", or "ray" to submit the runs to a Ray cluster, at ray_address or as `cluster.Ray` finds it;
     gpus_per_run: of its GPUs for each run, 1 by default; a fraction such as 0.5 shares one. workers is then how many
     runs are under way at once, by default as many as fit.
+    graphs: whether a GPU may replay steps as CUDA graphs; a run whose graph cannot be captured is done without.
     Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
     """
     from . import cluster, launch, trainer
@@ -602,7 +605,7 @@ def ensure(
             raise UserError(f"budget must be a number of seconds above 0, or None, not {budget!r}")
         pending = [run for run in runs if find(run) is None or isinstance(damage(run), Damaged)]
         if pending:
-            launch.train_all(pending, profile, device, workers, budget, only_whole, retry, ray)
+            launch.train_all(pending, profile, device, workers, budget, only_whole, retry, ray, graphs)
     records = {}
     for run in runs:
         if find(run) is not None:

@@ -4,12 +4,14 @@ Fast and slow are settings of one trainer: `fast` is what a device does best, `P
 compared with. They change results by rounding alone.
 """
 
-import sys
+import gc
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+
+from .errors import GraphFailed
 
 EAGER_CALLS = 3
 """Before a function is captured: cuDNN chooses its algorithms, and the optimizer makes its buffers."""
@@ -68,6 +70,18 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
+def settings(device):
+    """A context with cuDNN's settings: on a GPU it searches for the fastest algorithm of each shape, once, and float32
+    is float32, not TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=device.type == "cuda", allow_tf32=False)
+
+
+def no_search():
+    """A context in which cuDNN searches for no algorithms: for shapes that come once, a search takes longer than it
+    saves."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
+
+
 def own_stream(device):
     """A context in which a GPU works on a stream of its own: the default one cannot be captured."""
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
@@ -86,8 +100,9 @@ def cuda_graph(function, inputs):
 class Captured:
     """A function of tensors that is replayed as one graph after its first calls; it gives a list of tensors, or None.
 
-    A graph has fixed shapes: calls with others run the function itself, and so do all where it cannot be captured.
-    What else changes between calls must be in tensors that keep their place, like the weights and the learning rate.
+    A graph has fixed shapes: calls with others run the function itself. What else changes between calls must be in
+    tensors that keep their place, like the weights and the learning rate. Raises GraphFailed where it cannot be
+    captured: the generator and the allocator may be left in capture mode, so there is no going on in this process.
     """
 
     def __init__(self, function, capture=cuda_graph):
@@ -98,21 +113,26 @@ class Captured:
         shapes = [tensor.shape for tensor in tensors]
         if self.calls == 0:
             self.shapes = shapes
-        if self.capture is None or shapes != self.shapes:
-            return self.function(*tensors)
+        if shapes != self.shapes:
+            with no_search():
+                return self.function(*tensors)
         self.calls += 1
         if self.calls <= EAGER_CALLS:
             return self.function(*tensors)
         if self.replay is None:
             self.inputs = [tensor.clone() for tensor in tensors]
+            collects = gc.isenabled()
+            gc.collect()
+            gc.disable()  # a graph that is collected while another is captured makes the capture invalid
             try:
                 self.replay, self.outputs = self.capture(self.function, self.inputs)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                print(f"no CUDA graph, slower without: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-                self.capture = None
-                return self.function(*tensors)
+                raise GraphFailed(f"no CUDA graph ({str(error).splitlines()[0]})") from None
+            finally:
+                if collects:
+                    gc.enable()
         for own, tensor in zip(self.inputs, tensors):
             own.copy_(tensor)
         self.replay()

@@ -73,8 +73,8 @@ def say(order):
     return orders[0]
 
 
-def train(run, folder, device, stop, progress, hurry, half=None):
-    """`trainer.train` by all processes, called by the first."""
+def train(run, folder, device, stop, progress, hurry, half=None, graphs=True):
+    """`trainer.train` by all processes, called by the first; what they tell each other cannot be in a CUDA graph."""
     ranks = Ranks(layout(run, size()))
     progress(run=run, text=f"{ranks.layout} on {size()} processes")
     say((run, folder, device, torch.get_num_threads(), half))

@@ -5,6 +5,7 @@ would, to the last bit on a CPU with the same threads, and with one seed every m
 Net1 and sees the same augmented batches in the same order.
 """
 
+import gc
 import hashlib
 import io
 import json
@@ -24,14 +25,14 @@ from torch import nn
 
 from . import data, early_exit, metrics, robustness
 from .augment import Normalise, epoch_plan, transform
-from .errors import Damaged, Stopped, UserError
+from .errors import Damaged, NoDevice, Stopped, UserError
 from .losses import COUPLED_BY_S, METHODS
 from .models import EXITS, count_parameters
 from .parallel import DATA, Ranks
 from .paths import ROOT
 from .randomness import derive
 from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_record
-from .speed import Ahead, Captured, amx, fast, own_stream, precision
+from .speed import Ahead, Captured, amx, fast, no_search, own_stream, precision, settings
 from .stream import TrainingBatches, in_batches
 
 EVAL_BATCH = {"cpu": 125, "cuda": 500}
@@ -42,8 +43,9 @@ CHECKPOINT_SECONDS = 60
 SAVING_SHARE = 0.05
 """An epoch's end is saved too, unless saving would then take a larger share of the time than this."""
 REPORT_SECONDS = 2
-PROBE_SECONDS = 5
-"""After this time the speed of a run is known well enough to say whether it will end in a budget."""
+PROBE_STEPS, PROBE_SECONDS = 50, 5
+"""After so many steps, in which algorithms are searched for and graphs captured, the speed of a run is taken; after so
+much more time it is known well enough to say whether the run will end in a budget."""
 
 
 class Diverged(UserError):
@@ -93,7 +95,15 @@ def pick_device(name):
 
 
 def train(
-    run, folder, device="auto", stop=lambda: None, progress=lambda **message: None, hurry=None, ranks=None, half=None
+    run,
+    folder,
+    device="auto",
+    stop=lambda: None,
+    progress=lambda **message: None,
+    hurry=None,
+    ranks=None,
+    half=None,
+    graphs=True,
 ):
     """Train one run to its end, or on from its checkpoint in `folder`, and write its record there.
 
@@ -101,18 +111,38 @@ def train(
     progress(**message) hears of each epoch, and of the step every other second. hurry, in seconds: give up with
     Stopped as soon as the measured speed says that the run will not end in that time. ranks: the processes that train
     it together; the first one writes and returns the record, the others return None. half: whether to use bfloat16, by
-    default where it pays on this device; a checkpoint decides for itself. Raises Diverged for a loss that is not
-    finite.
+    default where it pays on this device; a checkpoint decides for itself. graphs: whether a GPU may capture CUDA
+    graphs. Raises Diverged for a loss that is not finite, NoDevice for a device that cannot be used, GraphFailed where
+    a graph cannot be captured: then nothing more must be trained in this process.
     """
     device = pick_device(device)
     gpu = device.type == "cuda"
     speed = fast(device) if half is None else replace(fast(device), half=half)
-    with (
-        torch.random.fork_rng(devices=[device] if gpu else []),
-        torch.backends.cudnn.flags(enabled=True, benchmark=gpu),
-        own_stream(device),
-    ):
-        return Training(run, folder, device, stop, progress, hurry, ranks, speed).finish()
+    speed = replace(speed, graphs=speed.graphs and graphs)
+    check_usable(device)
+    try:
+        with torch.random.fork_rng(devices=[device] if gpu else []), settings(device), own_stream(device):
+            training = Training(run, folder, device, stop, progress, hurry, ranks, speed)
+            try:
+                return training.finish()
+            finally:
+                training.release()
+                del training
+    finally:
+        if gpu:  # for the next run, and for other processes on this GPU
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def check_usable(device):
+    """Raises NoDevice where the first use of a GPU fails: its driver is too old, or another process has it alone."""
+    try:
+        torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise NoDevice(f"device {device} cannot be used ({reason}): mend that, or use --device cpu") from None
 
 
 class Training:
@@ -151,9 +181,9 @@ class Training:
         self.total = run.epochs * self.steps_per_epoch
         self.step, self.rows, self.seconds, self.cpu_seconds = 0, [], 0.0, 0.0
         self.sums = torch.zeros(len(self.ranks.heads(run)), len(STATISTICS), dtype=torch.float64, device=device)
-        self.captured_update, self.captured_forward = self.update, self.forward
-        if self.speed.graphs and not self.ranks.layout:  # what processes tell each other cannot be captured
-            self.captured_update, self.captured_forward = Captured(self.update), Captured(self.forward)
+        # what processes tell each other cannot be captured
+        self.captured = Captured if self.speed.graphs and not self.ranks.layout else lambda function: function
+        self.captured_update, self.captured_forwards = self.captured(self.update), {}
         self.saving, self.parts = 0.0, []
         self.at_test = None  # logits of the test images after the last epoch
         self.resume()
@@ -163,10 +193,15 @@ class Training:
             self.parts.append({"from_step": self.step, **part})
         self.averaged = self.ranks.averaged(self.nets)
 
+    def release(self):
+        """Let go of what refers to this object, so that its memory and its graphs go with its last name."""
+        self.captured_update, self.captured_forwards = None, {}
+
     # -- the loop
 
     def finish(self):
         started = self.saved = self.reported = time.monotonic()
+        self.probe = None
         first, before, ahead = self.step, self.seconds, Ahead(self.device)
         while self.step < self.total:
             epoch, i = divmod(self.step, self.steps_per_epoch)
@@ -253,9 +288,12 @@ class Training:
         self.report(top1=[round(row["test_top1"], 2) for row in rows])
 
     @torch.no_grad()
-    def predict(self, images, slots=None):
-        """float32 logits (n, N) of every head here, in evaluation mode."""
-        forward = partial(self.forward, slots=slots) if slots else self.captured_forward
+    def predict(self, images, slot=None):
+        """float32 logits (n, N) of every head here, or of one slot's, in evaluation mode."""
+        if slot not in self.captured_forwards:
+            slots = None if slot is None else [slot]
+            self.captured_forwards[slot] = self.captured(partial(self.forward, slots=slots))
+        forward = self.captured_forwards[slot]
         own = self.ranks.own_range(len(images))
         batches = [forward(batch) for batch in in_batches(images, self.eval_batch, *own)]
         return [self.ranks.all_images(torch.cat(head), len(images)) for head in zip(*batches)]
@@ -275,9 +313,13 @@ class Training:
         """After a step: save once a minute, report, stop when asked to or when the run would not end in time."""
         reason = self.stop()
         if self.hurry is not None and not reason:
-            elapsed, done = time.monotonic() - started, self.step - first
-            if elapsed > PROBE_SECONDS and elapsed / done * (self.total - first) > self.hurry:
-                reason = "it would not end in the budget"
+            now = time.monotonic()
+            if self.step - first == PROBE_STEPS:
+                self.probe = self.step, now
+            elif self.probe and now - self.probe[1] > PROBE_SECONDS:
+                pace = (now - self.probe[1]) / (self.step - self.probe[0])
+                if now - started + pace * (self.total - self.step) > self.hurry:
+                    reason = "it would not end in the budget"
         since, epoch_ended = time.monotonic() - self.saved, self.step % self.steps_per_epoch == 0
         due = since > CHECKPOINT_SECONDS or (epoch_ended and SAVING_SHARE * since > self.saving)
         reason, due = self.ranks.agree(reason, due)
@@ -371,7 +413,9 @@ class Training:
         self.report(final="final evaluations")
         logits = self.at_test or self.predict(test.images)  # of the last epoch, unless a checkpoint begins here
         clean = self.predict(train.images)
-        costs = [macs for net in self.nets.values() for macs in early_exit.exit_costs(net, image)]
+        # on a GPU one image would be a shape to search algorithms for
+        counted = self.nets if self.device.type == "cpu" else self.without_weights()
+        costs = [macs for net in counted.values() for macs in early_exit.exit_costs(net, image)]
         heads, arrays = [], {"labels": test.labels.cpu().short().numpy()}
         for head, z, at_end, macs in zip(self.ranks.heads(run), logits, clean, costs):
             slot = run.slot(head)
@@ -388,12 +432,11 @@ class Training:
             )
             arrays |= {f"{name}_{head}": a for name, a in per_image(z, test.labels, run.nets[slot]).items()}
         if run.nets[0] in EXITS:
-            for values, macs in zip(heads, early_exit.exit_costs(self.nets[0], image, budgeted=True)):
+            for values, macs in zip(heads, early_exit.exit_costs(counted[0], image, budgeted=True)):
                 values["macs_budgeted"] = macs
         if run.holdout:
             arrays |= self.calibration()
-        with torch.device("meta"):
-            embed = all(hasattr(run.network(slot), "embed") for slot in range(len(run.nets)))
+        embed = all(hasattr(net, "embed") for net in self.without_weights(range(len(run.nets))).values())
         features = self.features(heads) if embed else {}
         noise = self.noise() if run.noise_images else []
         if run.hessian_images:
@@ -425,6 +468,11 @@ class Training:
         result["provenance"] = self.provenance(time.monotonic() - began, sum(used))
         return write_record(run, self.folder, result, files)
 
+    def without_weights(self, slots=None):
+        """The networks of these slots, by default of those here, on torch's meta device."""
+        with torch.device("meta"):
+            return {slot: self.run.network(slot) for slot in (self.nets if slots is None else slots)}
+
     def calibration(self):
         """Of the images held out, not augmented: what thresholds of early exit are chosen from."""
         held = self.splits["holdout"]
@@ -435,6 +483,7 @@ class Training:
         return arrays
 
     @torch.no_grad()
+    @no_search()
     def features(self, heads):
         """Features before the last layer (Figure 6), its weights, and their concentration into `heads`."""
         arrays = {}
@@ -465,7 +514,7 @@ class Training:
                 self.check()
                 curve = robustness.parameter_noise(
                     net,
-                    lambda net, slot=head: self.predict(images, [slot])[0],
+                    lambda net, slot=head: self.predict(images, slot)[0],
                     labels,
                     run.noise_sigmas,
                     run.noise_draws,
@@ -486,7 +535,7 @@ class Training:
             for name, scaled in (("absolute", False), ("filter", True)):
                 self.check()
                 loss = lambda net=net: metrics.cross_entropy(net(x), labels).mean()
-                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                with no_search():
                     value, steps, residual = robustness.largest_eigenvalue(loss, net.parameters(), scaled)
                 values |= {name: value, f"{name}_steps": steps, f"{name}_residual": residual}
             self.report(final=f"curvature, network {head + 1} of {len(self.run.nets)}")
@@ -516,6 +565,7 @@ class Training:
             "threads": torch.get_num_threads(),
             "processes": self.ranks.size,
             "layout": self.ranks.layout,
+            **({"graphs": self.captured is Captured, **cuda_versions()} if gpu else {}),
             "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.dtypes)),
         }
 
@@ -642,6 +692,10 @@ def code_version():
     except (OSError, subprocess.CalledProcessError):
         pass
     return version
+
+
+def cuda_versions():
+    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
 
 def processor():

@@ -367,13 +367,28 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
         trainer.train(tiny(lr=0.2), tmp_path, "cpu")
 
 
-def test_a_run_that_would_not_end_in_time_gives_up(tiny, tmp_path, monkeypatch):
-    clock = iter(range(0, 10**6, 10))  # ten seconds at every look
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(clock), process_time=lambda: 0.0))
-    with pytest.raises(Stopped, match="would not end in the budget"):
-        trainer.train(tiny(), tmp_path / "a", "cpu", hurry=30)
-    assert (tmp_path / "a" / "checkpoint.pt").exists()
-    assert trainer.train(tiny(), tmp_path / "b", "cpu", hurry=10**5).heads
+@pytest.mark.parametrize("hurry, gives_up", [(100, True), (1200, False)])
+def test_a_run_that_would_not_end_in_time_gives_up(hurry, gives_up, tiny, tmp_path, monkeypatch):
+    """40 steps of 10 s after a first one of 500 s, in which algorithms are searched for: 890 s, not 40 times 500."""
+    now, steps = [0.0], []
+
+    def update(self, *batch):
+        steps.append(self.step)
+        now[0] += 10 if len(steps) > 1 else 500
+        real(self, *batch)
+
+    real = trainer.Training.update
+    monkeypatch.setattr(trainer.Training, "update", update)
+    monkeypatch.setattr(trainer, "PROBE_STEPS", 3)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0], process_time=lambda: 0.0))
+    run = tiny(epochs=20)
+    if gives_up:
+        with pytest.raises(Stopped, match="would not end in the budget"):
+            trainer.train(run, tmp_path, "cpu", hurry=hurry)
+        assert len(steps) == 4  # the first after the clock was started
+        assert (tmp_path / "checkpoint.pt").exists()
+    else:
+        assert trainer.train(run, tmp_path, "cpu", hurry=hurry).heads
 
 
 # -- divergence
