@@ -2,6 +2,7 @@
 
 import gc
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +168,42 @@ def test_memory_does_not_grow_over_50_epochs(tiny, tmp_path, monkeypatch):
     trainer.train(run, tmp_path / "run", "cpu", progress=count)
     second, last = alive
     assert last == second
+
+
+def test_the_memory_of_a_loop_is_its_own(monkeypatch):
+    """Three loops hold 100 bytes each and take up 10, 20 and 30 more in an epoch; all are in memory at once."""
+    run = bench.configuration("mobilenet", "ind")
+    held, most, tested = [0], [0], []
+
+    class Loop:
+        training = SimpleNamespace(nets={}, dtypes=[torch.float32])
+
+        def __init__(self, extra, name):
+            self.extra, self.name, self.tests = extra, name, 0
+            held[0] += 100
+
+        def epoch(self):
+            most[0] = max(most[0], held[0] + self.extra)
+
+        def test(self):
+            tested.append(self.name)
+
+        def worker_seconds(self):
+            return 0
+
+    def memory(device, reset=False):
+        if reset:
+            most[0] = held[0]
+        return held[0], most[0]
+
+    reference = SimpleNamespace(Reference=lambda *_: Loop(10, "reference"))
+    extra = {"fast": 20, "plain": 30}
+    monkeypatch.setattr(bench, "Ours", lambda run, device, settings: Loop(20 if settings != PLAIN else 30, "ours"))
+    monkeypatch.setattr(bench, "memory", memory)
+    monkeypatch.setattr(bench, "peak", lambda *_: 1.0)
+    rows = bench.measure(run, CPU, list(extra), 2, 1, reference)
+    assert {row["speed"]: row["peak_memory_bytes"] for row in rows} == {"fast": 120, "plain": 130}
+    assert len(tested) == 2 * (4 + 2)  # the test pass is warmed up, and captured, before it is timed
 
 
 def test_bench_refuses_unknown_settings(capsys):

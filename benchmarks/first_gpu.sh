@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# The first half hour on a GPU: does it agree with the CPU, how fast is it, what does `paper` need, all of `small`.
+#   benchmarks/first_gpu.sh                     every part, one after the other
+#   benchmarks/first_gpu.sh steps small         these parts; each takes 9 minutes at most
+#   benchmarks/first_gpu.sh --device cpu        the same on a CPU and embedded digits: shows that it runs
+# Parts: tests steps compile workers repeat resnet18 mobilenet vgg13 small. Needs python3 with torch; of silalib's other
+# packages those of training alone. Files go to $OUT, by default first_gpu/ beside the results: a log a part, what it
+# measured as JSON, and tar files of finished records. SILALIB_DATA and SILALIB_RESULTS as everywhere, by default in /tmp.
+set -uo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+device=auto
+parts=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --device)
+        device=${2:?--device needs auto, cpu, cuda or cuda:N}
+        shift
+        ;;
+    tests | steps | compile | workers | repeat | resnet18 | mobilenet | vgg13 | small) parts+=("$1") ;;
+    *)
+        echo "unknown part $1: choose from tests steps compile workers repeat resnet18 mobilenet vgg13 small" >&2
+        exit 2
+        ;;
+    esac
+    shift
+done
+[ ${#parts[@]} -gt 0 ] || parts=(tests steps compile workers repeat resnet18 mobilenet vgg13 small)
+export SILALIB_DATA=${SILALIB_DATA:-${TMPDIR:-/tmp}/silalib-data}
+export SILALIB_RESULTS=${SILALIB_RESULTS:-${TMPDIR:-/tmp}/silalib-results}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+OUT=${OUT:-$SILALIB_RESULTS/first_gpu}
+python=${PYTHON:-python3}
+mkdir -p "$OUT" || exit 1
+
+# run LIMIT COMMAND...: at most so many seconds, then SIGINT, which lets training write its checkpoints
+run() { timeout --signal=INT --kill-after=20 "$@"; }
+first() { run "$1" "$python" benchmarks/first_gpu.py "${@:2}" --device "$device" --out "$OUT"; }
+bench() { run "$1" "$python" -m silalib bench --device "$device" "${@:2}"; }
+
+tests() {
+    first 60 versions
+    run 460 "$python" -m pytest -q -p no:cacheprovider -W error tests/test_gpu.py
+}
+steps() {
+    if [ "$device" = cpu ]; then
+        bench 120 --nets mobilenet --methods ind --speeds fast eager --rounds 1 --steps 1 --output "$OUT/steps.json"
+        return
+    fi
+    bench 330 --methods ind sila --speeds fast eager --output "$OUT/steps.json"
+    bench 180 --nets mobilenet --methods ind --speeds fast float32 nchw --output "$OUT/mobilenet.json"
+}
+compile() {
+    if [ "$device" = cpu ]; then
+        echo "torch.compile is left out on a CPU"
+        return
+    fi
+    bench 270 --nets resnet18 --methods sila --speeds fast compiled --output "$OUT/compiled.json"
+    bench 250 --nets mobilenet --methods sila --speeds fast compiled --output "$OUT/compiled_mobilenet.json"
+}
+workers() {
+    first 260 workers
+    if [ "$device" != cpu ] && command -v nvidia-cuda-mps-control >/dev/null; then
+        CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d)
+        CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
+        export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+        if nvidia-cuda-mps-control -d; then
+            first 260 workers --mps
+            echo quit | nvidia-cuda-mps-control
+        fi
+        unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    fi
+}
+repeat() { first 520 repeat; }
+resnet18() { first 530 ind --net resnet18; }
+mobilenet() { first 530 ind --net mobilenet; }
+vgg13() { first 530 ind --net vgg13; }
+small() { first 535 small; }
+
+status=0
+for part in "${parts[@]}"; do
+    began=$SECONDS
+    echo "== $part"
+    "$part" 2>&1 | tee "$OUT/$part.log" || status=1
+    echo "== $part took $((SECONDS - began)) s"
+done
+first 60 pack || status=1
+exit $status
