@@ -115,14 +115,15 @@ def parser():
 
 
 def say_seeds(options):
-    """One line where seeds are asked for that the profile does not plan."""
+    """One line where runs are asked for whose seeds the profile does not plan."""
     from .experiments import tiers
 
-    planned = sorted({run.seed for run in tiers(options.profile)})
-    if outside := [str(seed) for seed in options.seeds if seed not in planned]:
-        span = f"{planned[0]} to {planned[-1]}" if len(planned) > 1 else f"{planned[0]} alone"
+    planned = tiers(options.profile)
+    outside = {run for grid in grids(options).values() for run in grid if run not in planned}
+    if outside:
+        seeds = ", ".join(map(str, sorted({run.seed for run in outside})))
         print(
-            f"seed {', '.join(outside)}: {options.profile} plans {span}; what is outside is shown and never judged",
+            f"{len(outside)} runs of seed {seeds} are outside of what {options.profile} plans: shown, never judged",
             file=sys.stderr,
         )
 
@@ -240,8 +241,12 @@ def status(options):
 
 
 def hours(seconds):
-    """Of one core, or one GPU: 0, 25 minutes, 3.4 hours."""
-    return f"{seconds / 3600:.1f} core-hours" if seconds >= 3600 else f"{seconds / 60:.0f} core-minutes"
+    """Of one core, or one GPU: 12 s, 25 min 00 s, 3.4 core-hours."""
+    from .progress import duration
+    from .trainer import pick_device
+
+    unit = "GPU" if pick_device("auto").type == "cuda" else "core"
+    return f"{seconds / 3600:.1f} {unit}-hours" if seconds >= 3600 else f"{duration(seconds)} of one {unit}"
 
 
 def follow(options):

@@ -49,6 +49,13 @@ def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=
     kind = None if ray else trainer.pick_device(device).type
     refused = [run for run in here if kind and alike[run][0] not in (None, kind)]
     here = [run for run in here if run not in refused]
+    if refused:
+        begun = alike[refused[0]][0]
+        refusal = (
+            f"{len(refused)} of {len(pending)} runs are refused on {kind}: what they are compared with was trained on "
+            f"{begun}; use --device {begun}, or set SILALIB_RESULTS to another folder and train all anew"
+        )
+        print(refusal, file=sys.stderr, flush=True)
     threads = 1
     if ray is None:
         place, shared = trainer.pick_device(device), torchrun.size() > 1
@@ -64,7 +71,7 @@ def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=
         deadline=None if budget is None else time.time() + budget,
         only_whole=only_whole,
         retry=retry,
-        half={run.key: alike[run][1] for run in here},
+        begun={run.key: alike[run] for run in here},
         graphs=graphs,
     )
     outcomes = {}
@@ -80,14 +87,10 @@ def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=
     left = [run for run in here if outcomes.get(run) is None or isinstance(outcomes[run], Stopped)]
     if failed:
         raise UserError(f"{len(failed)} of {len(pending)} runs failed, the first: {failed[0]}")
-    if refused:
-        others = f"{alike[refused[0]][0]}, what they are compared with"
-        raise UserError(
-            f"{len(refused)} of {len(pending)} runs are not trained on {kind}: their blocks were begun on {others}; "
-            f"use --device {alike[refused[0]][0]}, or set SILALIB_RESULTS to another folder to train all anew"
-        )
     if left:
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
+    if refused:
+        raise UserError(refusal)
     for name, error in missing.items():
         if not data.dataset(name).prepared:
             raise MissingData(f"{error}, or use --profile quick")
@@ -111,7 +114,7 @@ def trained_alike(pending, profile, folder):
         found = [(begun, run) for run in block if (begun := runs.begun(folder / run.key))]
         kind = half = None
         for (_, part), run in sorted(found, key=lambda pair: pair[0][0] or "~"):  # checkpoints last
-            kind = kind or part.get("kind", "cpu")
+            kind = kind or runs.device_kind(part)
             if half is None and any(speed.precision(net, torch.device(kind), True).itemsize < 4 for net in run.nets):
                 half = "bfloat16" in part["precision"]
         alike |= {run: (kind, half) for run in block}
@@ -133,7 +136,7 @@ class Job:
     deadline: float | None
     only_whole: bool
     retry: bool
-    half: dict = field(default_factory=dict)  # key of a run -> whether its block is in bfloat16; None: open
+    begun: dict = field(default_factory=dict)  # key of a run -> what `trained_alike` says of it
     graphs: bool = True
 
     def train(self, run, stopped, tell):
@@ -161,7 +164,13 @@ class Job:
                 torch.set_num_threads(self.threads)
                 try:
                     train = torchrun.train if torchrun.size() > 1 else trainer.train
-                    more = dict(half=self.half.get(run.key), graphs=self.graphs)
+                    kind, half = self.begun.get(run.key, (None, None))
+                    if kind not in (None, trainer.pick_device(self.device).type):  # of a machine of a cluster
+                        raise UserError(
+                            f"{run}: what it is compared with was trained on {kind}: use --device {kind}, or set "
+                            "SILALIB_RESULTS to another folder and train all anew"
+                        )
+                    more = dict(half=half, graphs=self.graphs)
                     train(run, folder, self.device, stop, tell, hurry, **more)
                 except trainer.Diverged as error:
                     runs.remove_leftovers(folder)  # the checkpoints may hold weights that are lost already
@@ -388,7 +397,7 @@ def seconds_left(left, records):
     seconds, units = Counter(), Counter()
     for run, record in records.items():
         origin = record.result["provenance"]
-        if origin.get("kind", "cpu") == device.type and (device.type == "cuda" or origin.get("amx") == speed.amx()):
+        if runs.device_kind(origin) == device.type and (device.type == "cuda" or origin.get("amx") == speed.amx()):
             seconds[run.nets[0]] += origin.get("cpu_seconds" if device.type == "cpu" else "seconds", 0)
             units[run.nets[0]] += cost(run)
     per_unit = {net: seconds[net] / units[net] for net in seconds if seconds[net]}

@@ -213,6 +213,14 @@ class Ranks:
             (value,) = values
         return value
 
+    def total(self, number):
+        """The sum of a number over the processes."""
+        if not self.layout:
+            return number
+        value = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(value)
+        return value.item()
+
     def wait(self):
         """Until every process has come here."""
         if self.layout:

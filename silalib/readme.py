@@ -92,9 +92,9 @@ def in_words(found, judged, columns):
     parts = [
         how_far(found, judged),
         table(["exhibit", "what is compared", *columns], rows),
-        "IND: trained alone. DML: deep mutual learning. A number is a mean over network rows, exits or networks, with"
-        " its 95% interval over seeds (one seed has none); positive speaks for the paper's claim. After it: how many"
-        " cells go the claim's way, in a table those of all its metrics, and how many more the profile has.",
+        "IND: trained independently. DML: deep mutual learning. A number is a mean over networks, exits or rows of a"
+        " table, with its 95% interval over seeds (one seed has none); positive speaks for the paper's claim. After it:"
+        " how many cells go the claim's way, in a table those of all its metrics, and how many more the profile has.",
         *on_the_same_rows(found),
         "",
         table(["the paper's claim", *names], verdicts),

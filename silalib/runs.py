@@ -253,8 +253,10 @@ class Record:
         return content
 
     def keeps(self, name):
-        """False for a file that is not here and need not be: weights, and what the networks make of each test image."""
-        return name not in ("weights.safetensors", "test.npz") or (self.path / name).exists()
+        """False for a file that is not here and need not be: weights, and what the networks make of each test image but
+        where that is shown, which is for runs that are measured under noise."""
+        spared = ("weights.safetensors", "test.npz") if not self.run.noise_images else ("weights.safetensors",)
+        return name not in spared or (self.path / name).exists()
 
     def _table(self, name):
         import pandas as pd
@@ -369,6 +371,12 @@ def write_record(run, folder, result, files):
     write_sealed(folder / "result.json", {**result, "files": {name: sha256(files[name]) for name in files}})
     remove_leftovers(folder)
     return load_folder(run, folder)
+
+
+def device_kind(part):
+    """ "cpu" or "cuda": where a part of a run was trained, by what `Training.here` said; older records do not name it,
+    but a processor's name ends with what it can do in parentheses."""
+    return part.get("kind") or ("cpu" if part["device"].endswith(")") else "cuda")
 
 
 def begun(folder):

@@ -11,7 +11,7 @@ from .data import dataset
 from .experiments import training_images
 from .losses import LABELS
 from .models import MODELS, NAMES, count_macs, count_parameters
-from .runs import failure
+from .runs import device_kind, failure
 from .speed import precision
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
@@ -193,7 +193,7 @@ def mixed(records):
     for run, record in records.items():
         for part in record.result["provenance"].get("parts", [record.result["provenance"]]):
             kinds, precisions = found.setdefault((dataset(run.dataset).title, run.seed), (set(), set()))
-            kind = part.get("kind", "cpu")
+            kind = device_kind(part)
             kinds.add(kind)
             if any(precision(net, torch.device(kind), True).itemsize < 4 for net in run.nets):
                 precisions.add("bfloat16" if "bfloat16" in part["precision"] else "float32")

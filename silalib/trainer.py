@@ -31,7 +31,7 @@ from .models import EXITS, count_parameters
 from .parallel import DATA, Ranks
 from .paths import ROOT
 from .randomness import derive
-from .runs import CHECKPOINTS, PROTOCOL, read_bytes, to_csv, to_npz, write_record
+from .runs import CHECKPOINTS, PROTOCOL, device_kind, read_bytes, to_csv, to_npz, write_record
 from .speed import Ahead, Captured, amx, fast, no_search, own_stream, precision, settings
 from .stream import TrainingBatches, in_batches
 
@@ -381,7 +381,7 @@ class Training:
                 f"{path} was trained on other data than {self.run.dataset} is here: delete it to start anew"
             )
         last = state["parts"][-1]
-        if (kind := last.get("kind", "cpu")) != self.device.type:
+        if (kind := device_kind(last)) != self.device.type:
             raise UserError(
                 f"{path} was written with --device {kind}: go on like that, or set SILALIB_RESULTS to another folder"
             )
@@ -443,12 +443,12 @@ class Training:
             for values, curvature in zip(heads, self.curvature()):
                 values["curvature"] = curvature
         predicted = [z.argmax(1).cpu() for z in clean]
-        used = self.cpu_before + time.process_time()
-        part = heads, arrays, features, noise, self.weights(), [z.cpu() for z in logits], predicted, used
+        used = self.ranks.total(self.cpu_before + time.process_time())
+        part = heads, arrays, features, noise, self.weights(), [z.cpu() for z in logits], predicted
         parts = self.ranks.to_first(part)
         if parts is None:  # the first process writes the record
             return None
-        heads, arrays, features, noise, weights, logits, predicted, used = zip(*parts)
+        heads, arrays, features, noise, weights, logits, predicted = zip(*parts)
         heads, arrays = list(chain(*heads)), union(arrays)
         together = {}
         if run.nets[0] not in EXITS and len(heads) > 1:
@@ -465,7 +465,7 @@ class Training:
             files["noise.csv"] = to_csv(list(chain(*noise)))
         files["weights.safetensors"] = to_safetensors(union(weights))
         result = {"heads": heads} | ({"ensemble": together} if together else {})
-        result["provenance"] = self.provenance(time.monotonic() - began, sum(used))
+        result["provenance"] = self.provenance(time.monotonic() - began, used)
         return write_record(run, self.folder, result, files)
 
     def without_weights(self, slots=None):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 from dataclasses import replace
 from importlib import import_module
 
@@ -16,6 +17,7 @@ from silalib.__main__ import main
 from silalib._torchvision import torchvision  # noqa: F401
 from silalib.augment import epoch_plan, rotate, transform
 from silalib.errors import Stopped, UserError
+from silalib.paths import ROOT
 from silalib.runs import Run, failure, load_network, state
 
 CPU = torch.device("cpu")
@@ -197,9 +199,9 @@ def test_another_kind_of_device_is_refused_in_one_line(grid, results, capsys):
     origin = record.result["provenance"] | {"kind": "cuda"}
     runs.write_sealed(folder / "result.json", record.result | {"provenance": origin})
     assert main(["train", "tiny", "--device", "cpu", "--workers", "1"]) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert line.startswith("silalib: error: 2 of 5 runs are not trained on cpu: their blocks were begun on cuda")
-    assert "SILALIB_RESULTS" in line
+    first, *_, last = capsys.readouterr().err.splitlines()  # told before anything is trained, and at the end
+    assert first.startswith("2 of 5 runs are refused on cpu: what they are compared with was trained on cuda")
+    assert "SILALIB_RESULTS" in first and last == f"silalib: error: {first}"
     assert [state(run) for run in grid] == ["done", "pending", "pending", "done", "done", "done"]
 
 
@@ -238,7 +240,33 @@ def test_what_was_not_trained_alike_is_named(grid, results, capsys):
 
 def test_seeds_outside_of_the_plan_are_named(grid, capsys):
     assert main(["status", "tiny", "--seeds", "1", "7"]) == 0
-    assert capsys.readouterr().err == "seed 7: quick plans 0 to 1; what is outside is shown and never judged\n"
+    assert capsys.readouterr().err == "3 runs of seed 7 are outside of what quick plans: shown, never judged\n"
+
+
+@pytest.mark.parametrize("exhibit, seed, runs", [("fig6", 6, 2), ("fig3", 6, 0), ("table3", 7, 4), ("coupling", 4, 1)])
+def test_each_exhibit_plans_its_own_seeds(exhibit, seed, runs, capsys):
+    """At `small` Table 1 has eight seeds, Figure 6 and Table 3 five, coupling 4 three."""
+    assert main(["status", exhibit, "--profile", "small", "--seeds", str(seed)]) == 0
+    told = f"{runs} runs of seed {seed} are outside of what small plans: shown, never judged\n" if runs else ""
+    assert capsys.readouterr().err == told
+
+
+def test_an_older_record_is_of_the_device_that_it_names(record):
+    origin = record.result["provenance"]
+    older = {name: value for name, value in origin.items() if name != "kind"}
+    assert runs.device_kind(older) == runs.device_kind(origin) == "cpu"
+    assert runs.device_kind(older | {"device": "NVIDIA H100 80GB HBM3"}) == "cuda"
+
+
+def test_what_is_made_of_each_image_is_in_git_only_where_it_is_shown():
+    """Of Tables 1 and 3 and Figure 6; not of the regime, of other choices, of controls, of an MSDNet."""
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "results/*/test.npz"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    shown = {run.key for p in experiments.PROFILES for run in experiments.table1(p) + experiments.table3(p)}
+    shown |= {run.key for p in experiments.PROFILES for run in experiments.fig6(p)}
+    keys = {line.split("/")[-2] for line in listed.stdout.splitlines()}
+    assert {key for key in keys if not key.startswith("tinyimagenet")} <= shown
 
 
 def test_runs_are_trained_in_their_turns(tiny, monkeypatch, results):
