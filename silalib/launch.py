@@ -287,7 +287,7 @@ def large_pages():
 def drain(messages, progress):
     """Hand on what the workers have said, waiting a moment for the first message."""
     try:
-        progress.message(**messages.get(timeout=0.2))
+        progress.message(**messages.get(timeout=0.05))  # a worker may have ended, and wait for its next run
         while True:
             progress.message(**messages.get_nowait())
     except queue.Empty:
