@@ -21,7 +21,7 @@ from .models import EXITS, count_macs
 from .paths import ROOT, results_folder
 from .progress import duration
 from .runs import Run, to_json, write_atomically
-from .speed import PLAIN, fast, one_thread, own_stream, settings
+from .speed import PLAIN, fast, no_search, one_thread, own_stream, settings
 from .trainer import Training, pick_device, processor
 
 NETS = ("resnet18", "mobilenet", "vgg13", "msdnet_anytime")
@@ -135,6 +135,16 @@ def peak(device, dtype, rounds=5):
     return 2 * n**3 / min(times)
 
 
+def held(device):
+    """Bytes that are taken from the device, those of captured graphs too, whose tensors count as freed; on a CPU of the
+    process, None where Linux is not."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(device)
+    found = memory(device)
+    return found and found[0]
+
+
 def memory(device, reset=False):
     """(Bytes of the device in use, at most since the last reset); on a CPU of the process, None where Linux is not."""
     if device.type == "cuda":
@@ -159,13 +169,13 @@ def measure(run, device, speeds, rounds, steps, reference):
         make = {"reference": lambda: reference.Reference(run, images, labels, device)} | make
         loops, own = {}, {}
         for name in make:  # one after the other, so that each one's own memory is known
-            before = memory(device)
+            before = held(device)
             loops[name] = make[name]()
             for _ in range(2):  # warm up, and capture graphs
                 loops[name].epoch()
             for _ in range(4 if name in speeds else 0):
                 loops[name].test()
-            own[name] = before and memory(device)[0] - before[0]
+            own[name] = before and held(device) - before
         ours = {name: loops[name] for name in speeds}
         times, tests, most = {name: [] for name in loops}, {name: [] for name in ours}, dict.fromkeys(loops)
         for i in range(rounds):
@@ -177,7 +187,8 @@ def measure(run, device, speeds, rounds, steps, reference):
                 if name in ours:
                     tests[name].append(seconds(device, loops[name], loops[name].test))
         del loops
-    macs = sum(count_macs(net, spec.image) for net in ours[speeds[0]].training.nets.values())
+    with no_search():
+        macs = sum(count_macs(net, spec.image) for net in ours[speeds[0]].training.nets.values())
     rows = []
     for name, loop in ours.items():
         dtype = loop.training.dtypes[0]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import data, runs
-from .errors import Damaged, GraphFailed, UserError
+from .errors import Damaged, UserError
 from .mailbox import Mailbox
 
 DEATHS = 3
@@ -101,7 +101,7 @@ def mark(folder):
 def follow(ray, pending, job, workers, stopped, progress, marker, gpus):
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from .launch import settle
+    from .launch import again_without_graph, settle
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
@@ -125,10 +125,9 @@ def follow(ray, pending, job, workers, stopped, progress, marker, gpus):
         for future in done:
             run = futures.pop(future)
             outcomes[run] = outcome(ray, future, run, job.folder / run.key)
-            if isinstance(outcomes[run], GraphFailed):
-                progress.message(run=run, text=f"{outcomes[run]}: done again without, in another process")
-                eager.add(run)
-                waiting.insert(0, run)
+            if again := again_without_graph(run, outcomes, progress):
+                eager |= again
+                waiting[:0] = again
                 continue
             settle(run, outcomes[run], progress, stopped)
     return outcomes

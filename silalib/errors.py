@@ -32,8 +32,12 @@ class NoDevice(UserError):
     """The device is there and cannot be used."""
 
 
-class GraphFailed(UserError):
-    """A CUDA graph could not be captured. This process may be left in capture mode: it must train nothing more."""
+class ProcessSpoilt(UserError):
+    """After this error a GPU is of no more use to this process: it must train nothing more."""
+
+
+class GraphFailed(ProcessSpoilt):
+    """A CUDA graph could not be captured: the process may be left in capture mode."""
 
 
 class Stopped(UserError):

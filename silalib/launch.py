@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from . import data, experiments, runs, speed, torchrun, trainer
-from .errors import Damaged, GraphFailed, MissingData, NoDevice, NoRoom, Stopped, UserError
+from .errors import Damaged, GraphFailed, MissingData, NoDevice, NoRoom, ProcessSpoilt, Stopped, UserError
 from .models import count_macs
 from .paths import results_folder
 from .progress import Progress, duration, numbers
@@ -205,6 +205,14 @@ class Pace:
 TOO_LONG = "it would not end in the budget"
 
 
+def again_without_graph(run, outcomes, progress):
+    """{run} if its graph failed, which is then no outcome: it is done again; else an empty set."""
+    if not isinstance(outcomes[run], GraphFailed):
+        return set()
+    progress.message(run=run, text=f"{outcomes.pop(run)}: done again without, in another process")
+    return {run}
+
+
 def in_this_process(pending, job, workers, stopped, progress):
     outcomes, pace, waiting = {}, Pace(job), list(pending)
     threads = torch.get_num_threads()
@@ -214,10 +222,12 @@ def in_this_process(pending, job, workers, stopped, progress):
             outcomes[run] = (
                 Stopped(TOO_LONG) if pace.too_long(run) else attempt(job, run, stopped.is_set, progress.message)
             )
-            if isinstance(outcomes[run], GraphFailed):  # a fresh process for it, and for all others
-                progress.message(run=run, text=f"{outcomes[run]}: done again without, in another process")
-                return outcomes | in_workers([run, *waiting], job, 1, stopped, progress, eager={run})
-            settle(run, outcomes[run], progress, stopped, pace)
+            spoilt = isinstance(outcomes[run], ProcessSpoilt)
+            again = again_without_graph(run, outcomes, progress)
+            if not again:
+                settle(run, outcomes[run], progress, stopped, pace)
+            if spoilt:  # a fresh process for all others
+                return outcomes | in_workers([*again, *waiting], job, 1, stopped, progress, eager=again)
     finally:
         torch.set_num_threads(threads)
     return outcomes
@@ -226,7 +236,8 @@ def in_this_process(pending, job, workers, stopped, progress):
 def in_workers(pending, job, workers, stopped, progress, eager=()):
     """Outcomes of runs trained by processes of their own. A run of `eager` is trained without CUDA graphs.
 
-    When a graph cannot be captured, all processes end after their runs and fresh ones go on; that run becomes eager.
+    When one of the processes is spoilt all of them end after their runs, and fresh ones go on; a run whose graph could
+    not be captured becomes eager.
     """
     outcomes, waiting, eager, pace = {}, list(pending), set(eager), Pace(job)
     while waiting and not stopped.is_set():
@@ -249,15 +260,14 @@ def in_workers(pending, job, workers, stopped, progress, eager=()):
                         futures[pool.submit(work, replace(job, graphs=job.graphs and run not in eager), run)] = run
                     drain(messages, progress)
                     for future in [f for f in futures if f.done()]:
-                        run, outcome = futures.pop(future), future.result()
-                        if isinstance(outcome, GraphFailed):
-                            progress.message(run=run, text=f"{outcome}: done again without, in another process")
-                            sound = False
-                            eager.add(run)
-                            waiting.insert(0, run)
-                        else:
-                            outcomes[run] = outcome
-                            settle(run, outcome, progress, stopped, pace)
+                        run = futures.pop(future)
+                        outcomes[run] = future.result()
+                        sound = sound and not isinstance(outcomes[run], ProcessSpoilt)
+                        again = again_without_graph(run, outcomes, progress)
+                        eager |= again
+                        waiting[:0] = again
+                        if not again:
+                            settle(run, outcomes[run], progress, stopped, pace)
             except BrokenProcessPool:
                 raise UserError(
                     "a worker process died: out of memory (use fewer workers), or a script that calls ensure() outside "
@@ -315,7 +325,7 @@ def attempt(job, run, stopped, tell):
     except OSError as error:
         return UserError(f"{run}: {error.strerror or error} ({error.filename or 'results folder'})")
     except Exception as error:  # whatever it is, the other runs go on
-        if re.search(r"CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", str(error)):
+        if re.search(r"out of memory|ALLOC(ATION)?_FAILED|unable to find an engine", str(error)):
             return out_of_memory(run)
         folder = job.folder / run.key
         line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -324,7 +334,8 @@ def attempt(job, run, stopped, tell):
         text = f"{run}: {line} (an error that is not yours to mend; more in {folder / 'failed.json'})"
         if torchrun.size() > 1:  # the other processes may wait for this one: torchrun ends them when it ends
             raise SystemExit(f"silalib: error: {text}") from None
-        return UserError(text)
+        spoilt = isinstance(error, torch.AcceleratorError)  # every later call to the GPU fails too
+        return ProcessSpoilt(text) if spoilt else UserError(text)
 
 
 def out_of_memory(run):

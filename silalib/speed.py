@@ -126,10 +126,13 @@ class Captured:
             gc.disable()  # a graph that is collected while another is captured makes the capture invalid
             try:
                 self.replay, self.outputs = self.capture(self.function, self.inputs)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
-                raise GraphFailed(f"no CUDA graph ({str(error).splitlines()[0]})") from None
+                while error.__context__ is not None:  # what ends an invalid capture hides what made it invalid
+                    error = error.__context__
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise error from None
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise GraphFailed(f"no CUDA graph ({reason})") from None
             finally:
                 if collects:
                     gc.enable()

@@ -13,6 +13,8 @@ import math
 import platform
 import subprocess
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -116,10 +118,10 @@ def train(
     a graph cannot be captured: then nothing more must be trained in this process.
     """
     device = pick_device(device)
+    check_usable(device)
     gpu = device.type == "cuda"
     speed = fast(device) if half is None else replace(fast(device), half=half)
     speed = replace(speed, graphs=speed.graphs and graphs)
-    check_usable(device)
     try:
         with torch.random.fork_rng(devices=[device] if gpu else []), settings(device), own_stream(device):
             training = Training(run, folder, device, stop, progress, hurry, ranks, speed)
@@ -128,10 +130,21 @@ def train(
             finally:
                 training.release()
                 del training
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the networks
+        raise
     finally:
-        if gpu:  # for the next run, and for other processes on this GPU
-            gc.collect()
-            torch.cuda.empty_cache()
+        if gpu:
+            give_memory_back()
+
+
+def give_memory_back():
+    """To the next run, and to other processes on this GPU."""
+    gc.collect()
+    # kept for every stream that was used; not in a PyTorch for CPUs
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+    with suppress(RuntimeError):  # after a failed capture the allocator refuses; its process trains nothing more
+        torch.cuda.empty_cache()
 
 
 def check_usable(device):
@@ -251,6 +264,8 @@ class Training:
     def forward(self, images, training=False, slots=None):
         """float32 logits (B, N) of every head here for uint8 images (B, H, W, C); of the slots asked for, or all."""
         x = self.normalise(images.permute(0, 3, 1, 2))
+        if not self.speed.channels_last:
+            x = x.contiguous()
         logits = []
         for slot in slots or self.nets:
             net = (self.averaged if training else self.nets)[slot]

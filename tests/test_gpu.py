@@ -39,6 +39,33 @@ def test_a_graph_that_cannot_be_captured_ends_the_run_with_its_reason():
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("first", [RuntimeError("a synchronisation"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_the_reason_is_what_made_the_capture_invalid(first):
+    """PyTorch ends an invalid capture with an error of its own, which hides the first."""
+
+    def invalid(function, inputs):
+        try:
+            raise first
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    captured = Captured(lambda x: [x], invalid)
+    expected = torch.OutOfMemoryError if isinstance(first, torch.OutOfMemoryError) else GraphFailed
+    with pytest.raises(expected, match=r"CUDA out of memory|a synchronisation"):
+        for _ in range(speed.EAGER_CALLS + 1):
+            captured(torch.ones(1))
+
+
+def test_an_allocator_that_refuses_does_not_hide_why_a_graph_failed(monkeypatch):
+    """As after a failed capture."""
+
+    def refuses():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuses)
+    trainer.give_memory_back()
+
+
 def test_out_of_memory_in_a_capture_is_told_as_such():
     def full(function, inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -218,9 +245,12 @@ def test_a_gpu_that_cannot_be_used_stops_all_with_its_reason(two_runs, monkeypat
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
 
     monkeypatch.setattr(trainer, "pick_device", lambda name: CPU)
-    monkeypatch.setattr(trainer.torch, "zeros", zeros)
-    with pytest.raises(NoDevice, match=r"cannot be used \(The NVIDIA driver .*11040\)\.\): mend that, or use --device"):
-        trainer.check_usable(CUDA)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.torch, "zeros", zeros)
+        with pytest.raises(
+            NoDevice, match=r"cannot be used \(The NVIDIA driver .*11040\)\.\): mend that, or use --device"
+        ):
+            trainer.check_usable(CUDA)
 
     def unusable(device):
         raise NoDevice("device cuda cannot be used (too old): mend that, or use --device cpu")
@@ -234,7 +264,13 @@ def test_a_gpu_that_cannot_be_used_stops_all_with_its_reason(two_runs, monkeypat
 
 
 @pytest.mark.parametrize(
-    "message", ["CUDA error: out of memory\nCUDA kernel errors", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"]
+    "message",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "FIND was unable to find an engine to execute this computation",
+    ],
 )
 def test_every_word_for_a_full_gpu_is_one_line(message, two_runs, monkeypatch, capsys):
     def full(*_, **__):
@@ -244,6 +280,18 @@ def test_every_word_for_a_full_gpu_is_one_line(message, two_runs, monkeypatch, c
     assert main(["train", "tiny", "--workers", "1"]) == 1
     assert "out of GPU memory at batch size 32: use fewer --workers or --device cpu" in capsys.readouterr().err
     assert [state(run) for run in two_runs] == ["pending", "pending"]
+
+
+def test_after_an_error_of_the_gpu_others_go_on_in_a_fresh_process(two_runs, monkeypatch, capsys):
+    """Every later call of that process would fail too."""
+
+    def broken(run, *_, **__):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(trainer, "train", broken)
+    assert main(["train", "tiny", "--workers", "1"]) == 1
+    assert [state(run) for run in two_runs] == ["failed", "done"]
+    assert "an illegal memory access" in capsys.readouterr().err
 
 
 # -- a machine that is there for a while
@@ -309,12 +357,20 @@ NETWORKS = {net: dict(nets=(net,) * 2, width=0.125) for net in models.MODELS if 
 NETWORKS |= {"msdnet_anytime": dict(nets=("msdnet_anytime",), width=0.25, blocks=2)}
 
 
-def steps(run, settings, folder, device):
-    """Training NLL of every head at each of the first 20 steps, (20, C), and the training itself."""
-    with torch.random.fork_rng(), speed.settings(device), speed.own_stream(device):
+def steps(run, settings, folder, device, count=STEPS, nudge=0.0):
+    """Training NLL of every head at each of the first steps, (count, C), and the training itself.
+
+    nudge: relative size of random changes to the initial weights.
+    """
+    gpus = [0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), speed.settings(device), speed.own_stream(device):
         training = trainer.Training(run, folder, device, lambda: None, lambda **message: None, None, speed=settings)
+        g = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in [p for net in training.nets.values() for p in net.parameters()] if nudge else ():
+                p.mul_(1 + nudge * torch.randn(p.shape, generator=g))
         rows = []
-        for step in range(STEPS):
+        for step in range(count):
             epoch, i = divmod(step, training.steps_per_epoch)
             plan = epoch_plan(run, epoch, len(training.target), device)
             training.one_step(*(part[i * run.batch_size : (i + 1) * run.batch_size] for part in plan))
@@ -329,37 +385,13 @@ def slow_learner(tiny, **changes):
     return tiny(**dict(train_size=128, epochs=5, lr=0.005, warmup=0.0) | changes)
 
 
-@needs_gpu
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("net", NETWORKS)
-def test_float32_on_a_gpu_follows_the_cpu(net, method, tiny, tmp_path):
-    """TF32 off: 20 steps differ by the order of sums alone. Dropout draws other masks there, so it is left out."""
-    run = slow_learner(tiny, method=method, **NETWORKS[net])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
-        cpu, _ = steps(run, PLAIN, tmp_path / "cpu", CPU)
-        gpu, _ = steps(run, replace(speed.fast(CUDA), half=False, graphs=False), tmp_path / "gpu", CUDA)
-    assert ((gpu - cpu).abs() / cpu).max() < 1e-3
-
-
-@needs_gpu
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("net", NETWORKS)
-def test_a_graph_follows_the_eager_steps(net, method, tiny, tmp_path):
-    """The same kernels in the same order, dropout's masks included; sums may be added up in another order."""
-    run = slow_learner(tiny, method=method, augment="crop+flip", **NETWORKS[net])
-    for half, tolerance in ((False, 1e-3), (True, 0.03)):
-        settings = replace(speed.fast(CUDA), half=half)
-        eager, _ = steps(run, replace(settings, graphs=False), tmp_path / f"eager{half}", CUDA)
-        graph, training = steps(run, settings, tmp_path / f"graph{half}", CUDA)
-        assert training.captured_update.replay is not None
-        assert ((graph - eager).abs() / eager).max() < tolerance
+CASES = [(net, "sila") for net in NETWORKS] + [("resnet18", method) for method in METHODS if method != "sila"]
 
 
 @needs_gpu
 @pytest.mark.parametrize("net", ["vgg13", "vgg19"])
 def test_masks_of_dropout_are_equal_in_graph_and_eager(net, tiny, tmp_path):
-    """A network whose features are zero would hide it: the masks themselves are looked at, through a linear layer."""
+    """Each dropout is given ones, so that what it gives is its mask."""
     run = slow_learner(tiny, method="ind", nets=(net,), width=0.125)
     masks = {}
     for graphs in (False, True):
@@ -368,12 +400,15 @@ def test_masks_of_dropout_are_equal_in_graph_and_eager(net, tiny, tmp_path):
             arguments = run, tmp_path / str(graphs), CUDA, lambda: None, lambda **message: None, None
             training = trainer.Training(*arguments, speed=settings)
             drop = next(m for m in training.nets[0].modules() if isinstance(m, torch.nn.Dropout))
-            kept = torch.zeros(STEPS, run.batch_size, 1, device=CUDA)
-            count = torch.zeros((), dtype=torch.long, device=CUDA)
+            drop.register_forward_pre_hook(lambda module, inputs: (torch.ones_like(inputs[0]),))
+            kept = []
 
-            def note(module, inputs, output, kept=kept, count=count):
-                kept.index_copy_(0, count[None], (output != 0).float().mean(1, keepdim=True)[None])
-                count.add_(1)
+            def note(module, inputs, output, kept=kept):
+                if not kept:
+                    kept.append(torch.zeros(STEPS, *output.shape, dtype=torch.bool, device=CUDA))
+                    kept.append(torch.zeros((), dtype=torch.long, device=CUDA))
+                kept[0].index_copy_(0, kept[1][None], (output != 0)[None])
+                kept[1].add_(1)
 
             drop.register_forward_hook(note)
             for step in range(STEPS):
@@ -381,9 +416,10 @@ def test_masks_of_dropout_are_equal_in_graph_and_eager(net, tiny, tmp_path):
                 plan = epoch_plan(run, epoch, len(training.target), CUDA)
                 training.one_step(*(part[i * run.batch_size : (i + 1) * run.batch_size] for part in plan))
                 training.step += 1
-            masks[graphs] = kept.cpu()
-    assert masks[False].std() > 0
-    torch.testing.assert_close(masks[True], masks[False], rtol=0, atol=1e-6)
+            masks[graphs] = kept[0].cpu()
+    assert 0.3 < masks[False].float().mean() < 0.7
+    assert not torch.equal(masks[False][0], masks[False][1])
+    assert torch.equal(masks[True], masks[False])
 
 
 @needs_gpu
@@ -461,3 +497,44 @@ def test_several_workers_share_a_gpu(tiny, results):
     grid = [tiny(seed=seed, nets=("resnet18",) * 2, width=0.125) for seed in range(4)]
     assert list(runs.ensure(grid, device="cuda", workers=2)) == grid
     assert all(load(run).result["provenance"]["kind"] == "cuda" for run in grid)
+
+
+@needs_gpu
+@pytest.mark.parametrize("net, method", CASES)
+def test_a_graph_follows_the_eager_steps(net, method, tiny, tmp_path, monkeypatch):
+    """With kernels that add in one order alone: the same to the last digits, dropout included."""
+    fixed = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    monkeypatch.setattr(speed, "settings", lambda device: torch.backends.cudnn.flags(**fixed))
+    run = slow_learner(tiny, method=method, augment="crop+flip", **NETWORKS[net])
+    for half in (False, True):
+        settings = replace(speed.fast(CUDA), half=half)
+        eager, _ = steps(run, replace(settings, graphs=False), tmp_path / f"eager{half}", CUDA)
+        graph, training = steps(run, settings, tmp_path / f"graph{half}", CUDA)
+        assert training.captured_update.replay is not None
+        torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-7)
+
+
+def follows(own, reference, nudged):
+    """Whether NLLs differ from the reference, up to every step, by no more than 20 times what a change of the initial
+    weights in the sixth digit does: these networks spread rounding errors, some a thousand times in a few steps."""
+    apart = lambda values: ((values - reference).abs() / reference).amax(1)
+    return bool((apart(own) < 20 * apart(nudged).cummax(0).values + 1e-6).all())
+
+
+def test_what_follows_and_what_does_not(tiny, tmp_path):
+    """On a CPU: float32 in another layout follows; bfloat16, TF32's kind of error, does not."""
+    run = slow_learner(tiny, method="sila", **NETWORKS["vgg13"])
+    plain, nudged = (steps(run, PLAIN, tmp_path / str(n), CPU, 4, n)[0] for n in (0.0, 1e-6))
+    fast, rounded = (steps(run, speed.Speed(half=half), tmp_path / f"h{half}", CPU, 4)[0] for half in (False, True))
+    assert follows(fast, plain, nudged) and not follows(rounded, plain, nudged)
+
+
+@needs_gpu
+@pytest.mark.parametrize("net, method", CASES)
+def test_float32_on_a_gpu_follows_the_cpu(net, method, tiny, tmp_path, monkeypatch):
+    """TF32 off. Dropout draws other masks there, so it is left out."""
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    run = slow_learner(tiny, method=method, **NETWORKS[net])
+    cpu, nudged = (steps(run, PLAIN, tmp_path / str(n), CPU, 6, n)[0] for n in (0.0, 1e-6))
+    gpu, _ = steps(run, replace(speed.fast(CUDA), half=False, graphs=False), tmp_path / "gpu", CUDA, 6)
+    assert follows(gpu, cpu, nudged)
