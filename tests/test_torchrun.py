@@ -226,7 +226,7 @@ def test_workers_are_refused(one_of_two, tmp_path):
 
 
 def test_an_unknown_error_ends_the_process_for_which_others_may_wait(one_of_two, results, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("a bad kernel")
 
     monkeypatch.setattr(launch.torchrun, "train", fail)
