@@ -38,6 +38,14 @@ def counts():
     return COUNTS
 
 
+def pytest_collection_finish(session):
+    """What takes long in a process of its own begins now, beside the other tests."""
+    modules = {item.module for item in session.items}
+    for module in modules if not session.config.option.collectonly else ():
+        if hasattr(module, "begin"):
+            module.begin()
+
+
 def pytest_terminal_summary(terminalreporter):
     if COUNTS:
         terminalreporter.write_line("faults: " + ", ".join(f"{n} {what}" for what, n in COUNTS.items()))

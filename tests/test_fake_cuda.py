@@ -6,6 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
+from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,14 +22,20 @@ TESTS = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory):
-    """Name of each case and fault -> the traceback that ended its run, or None; all in one process of their own."""
+def missing():
+    """Why this cannot be tested here, or None."""
     if not (sys.platform == "linux" and shutil.which("g++")):
-        pytest.skip("needs Linux and the compiler g++")
-    if torch.backends.cuda.is_built():
-        pytest.skip("needs a PyTorch for CPUs alone: this one asks a real GPU")
-    folder = tmp_path_factory.mktemp("fake_cuda")
+        return "needs Linux and the compiler g++"
+    return "needs a PyTorch for CPUs alone: this one asks a real GPU" if torch.backends.cuda.is_built() else None
+
+
+def train_all():
+    """Name of each case and fault -> the traceback that ended its run, or None; all in one process of their own."""
+    with tempfile.TemporaryDirectory() as name:
+        return compile_and_train(Path(name))
+
+
+def compile_and_train(folder):
     library = folder / "fake_cuda.so"
     libraries = [f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib", "-lc10", "-ltorch_cpu"]
     source = [TESTS / "fake_cuda.cpp", "-o", library, f"-I{TORCH}/include"]
@@ -36,6 +46,29 @@ def errors(tmp_path_factory):
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@cache
+def begin():
+    """Train on another core while other tests run; called as soon as it is known that this will be asked for."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(train_all())
+        except Exception as error:
+            future.set_exception(error)
+
+    if not missing():
+        threading.Thread(target=work, daemon=True).start()  # nobody waits for it if the tests end before
+    return future
+
+
+@pytest.fixture(scope="module")
+def errors():
+    if reason := missing():
+        pytest.skip(reason)
+    return begin().result()
 
 
 @pytest.mark.parametrize("case", CASES)
