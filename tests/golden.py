@@ -1,6 +1,7 @@
 """Golden runs: small trainings with every part of a record, and everything in it that does not depend on the clock.
 
     python tests/golden.py write FILE       train them with the silalib that is imported, and write what they gave
+    python tests/golden.py one NAME FOLDER FILE   the same of one of them, whose record is in a results folder
     python tests/golden.py keep FILE        the same without kinks, in short: tests/golden.npz, for every processor
     python tests/golden.py against COMMIT   train them here and with a commit of the project's, and compare every bit
 
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +58,11 @@ def smooth(factory):
     return build
 
 
-def train(rounded=False):
+def train(names=tuple(RUNS), folder=None, rounded=False):
     """Name of a run and of what it gave -> array, or text; in float32 on every processor.
 
-    rounded: of networks without kinks, so that another processor's rounding errors stay small.
+    folder: for the records, by default one for the time. rounded: of networks without kinks, so that another
+    processor's rounding errors stay small.
     """
     import torch
 
@@ -71,9 +74,9 @@ def train(rounded=False):
     if rounded:
         MODELS.update({name: smooth(factory) for name, factory in MODELS.items()})
     os.sched_getaffinity = lambda _: {0}  # one run at a time, in this process, with one thread
-    runs = {name: Run(**BASE | changes) for name, changes in RUNS.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SILALIB_RESULTS"] = folder
+    runs = {name: Run(**BASE | RUNS[name]) for name in names}
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["SILALIB_RESULTS"] = folder or temporary
         records = ensure(list(runs.values()), "quick", device="cpu", workers=1)
         return {f"{name}/{key}": value for name, run in runs.items() for key, value in parts(records[run]).items()}
 
@@ -112,8 +115,8 @@ def flat(prefix, values):
     return found
 
 
-def write(path):
-    np.savez_compressed(path, **{name: np.array(value) for name, value in train().items()})
+def write(path, *options):
+    np.savez_compressed(path, **{name: np.array(value) for name, value in train(*options).items()})
 
 
 def short(name, value):
@@ -150,26 +153,34 @@ def differences(found, expected, rtol=0.0, atol=0.0):
     return lines
 
 
-def against(commit):
-    """Lines of what differs between this checkout and a commit, both trained now by this script."""
+@contextmanager
+def worktree(commit):
+    """A checkout of one of the project's commits, for the time."""
     with tempfile.TemporaryDirectory() as folder:
-        other = Path(folder) / "other"
-        git = ["git", "-C", str(ROOT), "worktree"]
+        other, git = Path(folder) / "other", ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--detach", str(other), commit], check=True, capture_output=True)
         try:
-            for name, root in (("here", ROOT), ("there", other)):
-                environment = {**os.environ, "PYTHONPATH": str(root)}
-                command = [sys.executable, __file__, "write", f"{folder}/{name}.npz"]
-                subprocess.run(command, check=True, cwd=root, env=environment)
+            yield other
         finally:
             subprocess.run([*git, "remove", "--force", str(other)], check=True)
+
+
+def against(commit):
+    """Lines of what differs between this checkout and a commit, both trained now by this script."""
+    with worktree(commit) as other, tempfile.TemporaryDirectory() as folder:
+        for name, root in (("here", ROOT), ("there", other)):
+            environment = {**os.environ, "PYTHONPATH": str(root)}
+            command = [sys.executable, __file__, "write", f"{folder}/{name}.npz"]
+            subprocess.run(command, check=True, cwd=root, env=environment)
         return differences(read(f"{folder}/here.npz"), read(f"{folder}/there.npz"))
 
 
 if __name__ == "__main__":
-    command, argument = sys.argv[1:]
+    command, argument, *more = sys.argv[1:]
     if command == "write":
         write(argument)
+    elif command == "one":
+        write(more[1], [argument], more[0])
     elif command == "keep":
         found = train(rounded=True)
         np.savez_compressed(argument, **{name: short(name, value) for name, value in found.items()})

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import golden
@@ -43,6 +45,28 @@ def test_golden_runs_are_what_they_were(found):
     near = lambda name: counted(name) and "temperature" not in name and "predicted" not in name
     assert golden.differences(part(found, near), part(expected, near), 0.02, 3.2) == []  # two of 64 images
     assert set(found) == set(expected)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_from_outside_ends_as_one_that_is_not(tmp_path, counts):
+    """SIGKILL at random times, up to six, until the run ends all the same."""
+    command = [sys.executable, golden.__file__, "one", "sila"]
+    environment = {**os.environ, "PYTHONPATH": str(golden.ROOT)}
+    whole, folder, found = tmp_path / "whole.npz", tmp_path / "results", tmp_path / "found.npz"
+    began = time.monotonic()
+    subprocess.run([*command, tmp_path / "whole", whole], check=True, capture_output=True, env=environment)
+    seconds, kills = time.monotonic() - began, 0
+    draw = random.Random(0)
+    while not found.exists():
+        process = subprocess.Popen([*command, folder, found], env=environment, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(None if kills == 6 else draw.uniform(0.2, 0.7) * seconds) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills and golden.differences(golden.read(found), golden.read(whole)) == []
+    counts["kills of a golden run"] += kills
 
 
 def test_differences_are_found():
