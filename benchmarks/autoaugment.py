@@ -8,18 +8,18 @@ CPU, as a data loader's worker has them.
 """
 
 import argparse
-import tempfile
 import time
 
 import torch
+from train_step import spread
 
 from silalib import data
-from silalib._torchvision import torchvision  # noqa: F401
-from silalib.augment import epoch_plan
-from silalib.autoaugment import autoaugment
-from silalib.bench import spread
-from silalib.runs import Run
-from silalib.trainer import Training, pick_device
+from silalib.data._torchvision import torchvision  # noqa: F401
+from silalib.data.augment import epoch_plan
+from silalib.data.autoaugment import autoaugment
+from silalib.run import Run
+from silalib.training.execution import fast, pick_device
+from silalib.training.trainer import Material, Training
 
 
 def made_up(n):
@@ -48,18 +48,18 @@ def main():
 
     run = Run(dataset="cifar10", nets=("resnet18",), method="ind", augment="crop+flip+autoaugment")
     images, labels = made_up(10 * run.batch_size), torch.arange(10 * run.batch_size) % 10
-    data.load = lambda name: data.Images(images, labels, images[:10], labels[:10], "made up")
-    with tempfile.TemporaryDirectory() as folder:
-        training = Training(run, folder, device, lambda: None, lambda **message: None, None)
+    split = data.Split(images.permute(0, 2, 3, 1).contiguous().to(device), labels.to(device))
+    training = Training(run, device, fast(device), material=Material(run, device, {"train": split, "test": split}))
     theirs = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     one_by_one = lambda images: [theirs(image) for image in images]
 
     times = {"step": [], "ours": [], "theirs": []}
     for i in range(options.rounds + 2):  # the first two warm up
         index, offset, flip, *choices = (part[: run.batch_size] for part in epoch_plan(run, i, len(labels), device))
-        batch = training.batches.crop_flip(index, offset, flip)
+        batch = training.material.loader.crop_flip(index, offset, flip)
         single = list(batch.permute(0, 3, 1, 2).cpu().contiguous())
-        measured = {"step": seconds(device, training.one_step, index, offset, flip)}
+        training.set_step()
+        measured = {"step": seconds(device, training.captured_update, batch, split.labels[index])}
         for name in ("ours", "theirs") if i % 2 else ("theirs", "ours"):
             job = (autoaugment, batch, *choices) if name == "ours" else (one_by_one, single)
             measured[name] = seconds(device, *job)

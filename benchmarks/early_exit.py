@@ -9,9 +9,10 @@ import argparse
 
 import torch
 
-from silalib.early_exit import EarlyExit, exit_costs, fractions, leaves_at, milliseconds, thresholds
+from silalib.early_exit import EarlyExit, exit_costs, exit_distribution, exit_index, milliseconds, thresholds
 from silalib.models import MODELS
-from silalib.trainer import pick_device, processor
+from silalib.training.execution import pick_device
+from silalib.training.provenance import processor
 
 
 def main():
@@ -35,8 +36,8 @@ def main():
         costs = exit_costs(network, (3, 32, 32), budgeted=True)
         print(f"\n{name}\n  q   batch   to the end   early exit   (ms an image)   ratio   ratio in MACs")
         for q in (1.0, 0.5):
-            limits = thresholds(confidence, fractions(q, len(costs)))
-            spent = sum(costs[k] for k in leaves_at(confidence, limits)) / len(images)
+            limits = thresholds(confidence, exit_distribution(q, len(costs)))
+            spent = sum(costs[k] for k in exit_index(confidence, limits)) / len(images)
             for batch in options.batches:
                 whole = milliseconds(network, images, batch)
                 early = milliseconds(EarlyExit(network, limits), images, batch)

@@ -14,12 +14,16 @@ from pathlib import Path
 
 import torch
 
-from silalib import experiments, summary
+from silalib import experiments
+from silalib.analysis import tables
 from silalib.errors import UserError
 from silalib.experiments import cifar_run
-from silalib.paths import results_folder
-from silalib.runs import ensure, load
-from silalib.trainer import pick_device, processor
+from silalib.files import results_folder
+from silalib.launch.ensure import ensure
+from silalib.models import NAMES
+from silalib.records import load
+from silalib.training.execution import pick_device
+from silalib.training.provenance import processor
 
 MINUTES = 8
 """What a part may train; starting and packing come on top."""
@@ -64,8 +68,8 @@ def ind(options, device):
         train(list(runs.values()), profile, options, workers=1)
     except UserError as error:  # the other one may have ended
         print(f"silalib: {error}", file=sys.stderr)
-    paper = summary.printed("table1")
-    printed = paper[(paper["method"] == "ind") & (paper["pair"] == summary.NAMES[options.net])]
+    paper = tables.printed("table1")
+    printed = paper[(paper["method"] == "ind") & (paper["pair"] == NAMES[options.net])]
     printed = printed.set_index("metric")["value"]
     rows = []
     for name, record in [(name, found(run)) for name, run in runs.items()]:

@@ -35,7 +35,7 @@ mkdir -p "$OUT" || exit 1
 # run LIMIT COMMAND...: at most so many seconds, then SIGINT, which lets training write its checkpoints
 run() { timeout --foreground --signal=INT --kill-after=20 "$@"; }
 first() { run "$1" "$python" benchmarks/first_gpu.py "${@:2}" --device "$device" --out "$OUT"; }
-bench() { run "$1" "$python" -m silalib bench --device "$device" "${@:2}"; }
+bench() { run "$1" "$python" benchmarks/train_step.py --device "$device" "${@:2}"; }
 
 tests() {
     local bad=0

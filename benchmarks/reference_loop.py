@@ -1,4 +1,4 @@
-"""The training loop as most people write it: what `python -m silalib bench` compares the trainer with.
+"""The training loop as most people write it: what train_step.py compares the trainer with.
 
 A DataLoader with four workers that crop, mirror and normalise PIL images one by one; float32 in PyTorch's usual memory
 layout; SGD as it comes; the loss of each step read with .item(). SiLa is equation 9 as the paper writes it: the

@@ -9,10 +9,10 @@ import time
 
 import torch
 from reference_loop import concatenated
+from train_step import spread
 
-from silalib.bench import spread
 from silalib.losses import siamese_labels
-from silalib.trainer import pick_device
+from silalib.training.execution import pick_device
 
 
 def seconds(loss, logits, target):

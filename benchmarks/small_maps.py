@@ -9,10 +9,10 @@ import time
 
 import torch
 from torch import nn
+from train_step import spread
 
-from silalib.bench import spread
 from silalib.models.layers import Conv2d
-from silalib.speed import one_thread
+from silalib.training.execution import one_thread
 
 LAYERS = [
     # inputs, outputs, kernel, stride, size of the input, where it stands, and the precision it is trained in there

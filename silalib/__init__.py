@@ -7,7 +7,9 @@ _HOME = {
     "models": ("MODELS",),
     "data": ("DATASETS",),
     "early_exit": ("EarlyExit",),
-    "runs": ("Run", "ensure", "load", "load_network"),
+    "run": ("Run",),
+    "records": ("load", "load_network"),
+    "launch.ensure": ("ensure",),
     "errors": ("UserError",),
 }
 __all__ = sorted(name for names in _HOME.values() for name in names)

@@ -6,12 +6,13 @@ set, never from the test set. Arrays of C exits and n samples have shape (C, n);
 multiply-accumulates (MACs) of convolutions and linear layers for one image.
 """
 
-import time
+import timeit
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import benchmark
 
 from .errors import UserError
 from .models import macs_by_layer
@@ -35,25 +36,6 @@ def exit_costs(network, image, budgeted=False):
     return [b + c for b, c in zip(accumulate(blocks), classifiers)]
 
 
-# -- the curves of a grid
-
-
-def curves(grid, records, curve):
-    """(dataset, blocks) of each network in a grid of MSDNets -> method -> seed -> curve(record).
-
-    Every network and method of the grid is there, in its order; one without records has no seeds.
-    """
-    found = {}
-    for run in grid:
-        seeds = found.setdefault((run.dataset, run.n_heads), {}).setdefault(run.method, {})
-        if run in records:
-            seeds[run.seed] = curve(records[run])
-    return found
-
-
-# -- anytime prediction
-
-
 def anytime(record):
     """Anytime prediction (Figure 5): a data frame with a row per exit: exit, macs, top1, top5 (percent), nll."""
     import pandas as pd
@@ -62,13 +44,11 @@ def anytime(record):
     return pd.DataFrame(rows)
 
 
-# -- budgeted batch classification
-
 SWEEP = np.geomspace(1 / 20, 20, 41).tolist()
 """Values of q from nearly every sample at the first exit to nearly every one at the last."""
 
 
-def fractions(q, exits):
+def exit_distribution(q, exits):
     """The share of samples that leaves at each exit, proportional to q^k; shape (exits,). UserError unless q > 0."""
     if not 0 < q < np.inf:
         raise UserError(f"q must be a number above 0, not {q}")
@@ -77,11 +57,10 @@ def fractions(q, exits):
     return shares / shares.sum()
 
 
-def fractions_for(budget, costs):
-    """The exit fractions proportional to q^k whose average cost is the budget, in MACs an image; shape (C,).
+def distribution_for(budget, costs):
+    """The `exit_distribution` whose average cost is the budget, in MACs an image; shape (C,).
 
-    A budget above the last exit's cost buys nothing more: every sample goes to the last exit. q stays between exp(-40)
-    and exp(40), where all samples are at one end up to rounding. Raises UserError for a
+    A budget above the last exit's cost buys nothing more: every sample goes to the last exit. Raises UserError for a
     budget below the first exit's cost.
     """
     from scipy.optimize import brentq
@@ -91,14 +70,10 @@ def fractions_for(budget, costs):
         raise UserError(f"a budget of {budget:g} MACs an image is below the first exit's cost, {costs[0]:g}")
     if budget == costs[0] or budget >= costs[-1]:
         return np.eye(len(costs))[0 if budget < costs[-1] else -1]
-    excess = lambda log_q: fractions(np.exp(log_q), len(costs)) @ costs - budget
-    if excess(-40) >= 0:
-        log_q = -40
-    elif excess(40) <= 0:
-        log_q = 40
-    else:
-        log_q = brentq(excess, -40, 40, xtol=1e-12)
-    return fractions(np.exp(log_q), len(costs))
+    excess = lambda log_q: exit_distribution(np.exp(log_q), len(costs)) @ costs - budget
+    ends = -40, 40  # where all samples are at one end up to rounding
+    log_q = ends[0] if excess(ends[0]) >= 0 else ends[1] if excess(ends[1]) <= 0 else brentq(excess, *ends, xtol=1e-12)
+    return exit_distribution(np.exp(log_q), len(costs))
 
 
 def thresholds(confidence, shares):
@@ -122,7 +97,7 @@ def thresholds(confidence, shares):
     return chosen
 
 
-def leaves_at(confidence, limits):
+def exit_index(confidence, limits):
     """The exit (n,) at which each sample leaves, for confidence (C, n) and thresholds (C,)."""
     reached = confidence >= np.asarray(limits)[:, None]
     reached[-1] = True
@@ -133,20 +108,20 @@ def evaluate(confidence, correct, limits, costs):
     """What thresholds (C,) give on samples of confidence and correctness (C, n), with the exits' budgeted costs (C,).
 
     Returns top1 in percent, macs (the average cost of a sample) and shares (C,), the part that left at each exit.
-    UserError without samples.
+    Raises UserError without samples.
     """
     if not confidence.shape[1]:
         raise UserError("there are no samples to evaluate: give at least one")
-    exits = leaves_at(confidence, limits)
+    exits = exit_index(confidence, limits)
     shares = np.bincount(exits, minlength=len(costs)) / len(exits)
     hits = correct[exits, np.arange(len(exits))]
     return {"top1": 100 * float(hits.mean()), "macs": float(shares @ np.asarray(costs, float)), "shares": shares}
 
 
-def kept(record, split):
+def exit_predictions(record, split):
     """(confidence, predicted, labels) of a record's "test" or "calibration" images; (C, n), (C, n), (n,).
 
-    Raises UserError where the run held no images out, and where what is known of each image was not kept.
+    Raises UserError where the run held no images out, and where the predictions of each image were not kept.
     """
     _held_out(record)
     prefix = "calibration_" if split == "calibration" else ""
@@ -160,29 +135,28 @@ def _of_exits(arrays, name):
 
 
 def sweep(arrays, costs):
-    """What training keeps of budgeted batch classification: a dict for each q of SWEEP, the rows of budgeted.csv.
+    """The rows of budgeted.csv, a dict for each q of SWEEP: q, macs, top1, threshold_0 .. and share_0 .. of the exits.
 
-    arrays: those of test.npz, with images held out. Keys: q; macs, top1; the exits' threshold_0, threshold_1 .. and
-    share_0, share_1 ..
+    arrays: those of test.npz, with images held out.
     """
     held_out = _of_exits(arrays, "calibration_confidence")
     confidence, predicted = _of_exits(arrays, "confidence"), _of_exits(arrays, "predicted")
     rows = []
     for q in SWEEP:
-        limits = thresholds(held_out, fractions(q, len(costs)))
+        limits = thresholds(held_out, exit_distribution(q, len(costs)))
         result = evaluate(confidence, predicted == arrays["labels"], limits, costs)
         row = {"q": q, "macs": result["macs"], "top1": result["top1"]}
-        row |= {f"threshold_{k}": float(limit) for k, limit in enumerate(limits)}
-        rows.append(row | {f"share_{k}": float(share) for k, share in enumerate(result["shares"])})
+        for name, values in (("threshold", limits), ("share", result["shares"])):
+            row |= {f"{name}_{k}": float(value) for k, value in enumerate(values)}
+        rows.append(row)
     return rows
 
 
 def budgeted(record):
     """Budgeted batch classification (Figure 4): a data frame with a row for each q of the sweep.
 
-    Columns: q; macs and top1 (percent) of the test images; thresholds and shares, a list with one entry per exit, the
-    thresholds chosen on the run's held-out images and the shares those of the test images. Raises UserError where the
-    run held no images out.
+    Columns: q; macs and top1 (percent) of the test images; thresholds, chosen on the images held out, and shares of the
+    test images, a list with one entry per exit each. Raises UserError where the run held no images out.
     """
     _held_out(record)
     table = record.budgeted
@@ -190,36 +164,12 @@ def budgeted(record):
     return table[["q", "macs", "top1"]].assign(thresholds=listed("threshold"), shares=listed("share"))
 
 
-def at_costs(curve, costs):
-    """The top-1 (percent) of a curve (a data frame with macs and top1) at other costs, interpolated linearly."""
-    ordered = curve.sort_values("macs")
-    return np.interp(costs, ordered["macs"], ordered["top1"])
-
-
-def gains_at_equal_costs(curves, baselines, points=50):
-    """The gains in top-1 (points) of curves over others, paired by seed; shape (seeds, points).
-
-    The costs are the same for all seeds of a network: evenly spaced where all of its curves reach. Shape
-    (0, points) without curves, or without a cost that all reach.
-    """
-    every = [*curves, *baselines]
-    lowest = max((curve["macs"].min() for curve in every), default=np.inf)
-    highest = min((curve["macs"].max() for curve in every), default=-np.inf)
-    if lowest > highest:
-        return np.empty((0, points))
-    costs = np.linspace(lowest, highest, points)
-    return np.array([at_costs(curve, costs) - at_costs(other, costs) for curve, other in zip(curves, baselines)])
-
-
 def _held_out(record):
     if not record.run.holdout:
         raise UserError(f"{record.run} held no images out to choose thresholds from: train it with holdout above 0")
 
 
-# -- inference
-
-
-class UpTo(nn.Module):
+class TruncatedMSDNet(nn.Module):
     """An MSDNet that ends at one exit: images -> its logits (B, N); anytime prediction with a budget known before.
 
     model: an MSDNet, or what `load_network` gives. UserError for an exit that it does not have.
@@ -286,15 +236,11 @@ def _parts(model):
 def milliseconds(model, images, batch_size, repeats=3):
     """Measured milliseconds an image of model(batch) over all images, here and now: the fastest of some repeats."""
     batches = images.split(batch_size)
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
-    times = []
+
+    def work():
+        for batch in batches:
+            model(batch)
+
     with torch.no_grad():
-        model(batches[0])
-        for _ in range(repeats):
-            wait()
-            began = time.perf_counter()
-            for batch in batches:
-                model(batch)
-            wait()
-            times.append(time.perf_counter() - began)
-    return 1000 * min(times) / len(images)
+        model(batches[0])  # warms up; the clock waits for a GPU
+        return 1000 * min(timeit.repeat(work, timer=benchmark.timer, number=1, repeat=repeats)) / len(images)

@@ -9,16 +9,15 @@ class UserError(Exception):
 
 
 class MissingData(UserError):
-    """A data set is not on this machine and cannot be fetched."""
+    """A data set is not on this machine and cannot be downloaded."""
 
 
-class Damaged(UserError):
-    """A file is missing or is not what was written."""
+class CorruptFile(UserError):
+    """A file is missing or is not what was written; what: how to mend that."""
 
     def __init__(self, path, what):
-        super().__init__(path, what)  # what pickle makes it of again, in another process
-        self.path = path
-        self.line = f"{path} is {'damaged' if path.exists() else 'missing'}: {what}"
+        super().__init__(path, what)  # constructor arguments, for unpickling
+        self.path, self.line = path, f"{path} is {'damaged' if path.exists() else 'missing'}: {what}"
 
     def __str__(self):
         return self.line
@@ -33,7 +32,7 @@ class NoDevice(UserError):
 
 
 class ProcessSpoilt(UserError):
-    """After this error a GPU is of no more use to this process: it must train nothing more."""
+    """The GPU is of no more use to this process, which must train nothing more."""
 
 
 class GraphFailed(ProcessSpoilt):

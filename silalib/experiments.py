@@ -12,23 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from . import data
 from .errors import UserError
 from .losses import PAPER_METHODS
-from .runs import PAPER_MILESTONES, Run
+from .run import PAPER_MILESTONES, Run
 
 PROFILES = ("quick", "small", "short", "paper")
 
+RESNET18 = ("resnet18", "resnet18")
+
 TABLE1_PAIRS = (
-    ("mobilenet", "mobilenet"),
-    ("resnet18", "resnet18"),
-    ("mobilenet", "resnet18"),
-    ("vgg13", "vgg13"),
-    ("mobilenet", "vgg13"),
-)
+    ("mobilenet", "mobilenet"), RESNET18, ("mobilenet", "resnet18"), ("vgg13", "vgg13"), ("mobilenet", "vgg13"),
+)  # fmt: skip
 """The pairs of Table 1, in its order of rows."""
 
-TABLE2_PAIRS = (("resnet18", "resnet18"), ("resnet34", "resnet34"), ("resnet18", "resnet34"))
+TABLE2_PAIRS = (RESNET18, ("resnet34", "resnet34"), ("resnet18", "resnet34"))
 
 TABLE3_NETS = ("vgg19", "resnet34", "mobilenet", "wrn16_10", "densenet121")
 
@@ -39,7 +36,18 @@ QUICK_TABLE3 = {
     "mobilenet": dict(epochs=5, warmup=0.25),
     "densenet121": dict(batch_size=16, warmup=0.25, lr=0.2),
 }
-"""What these networks need in quick to learn from AutoAugment's images."""
+"""Overrides of `quick` for Table 3: what these networks need to learn from AutoAugment's images."""
+
+SEEDS = {
+    "quick": dict(table1=2, fig6=2, others=1),
+    "small": dict(
+        table1=8, fig6=5, table3=5, msdnet=5, equal_compute=8, mean_peer=6, coupling=3, regime=2, choices=2, others=3
+    ),
+    "short": dict(others=3),
+    "paper": dict(others=3),
+}
+"""How many seeds, from 0, are planned at each profile: written before the first record. What shares the runs of Table 1
+(Figures 3 and 7, and the arms beside them) has those seeds."""
 
 
 def check_profile(profile):
@@ -47,41 +55,19 @@ def check_profile(profile):
         raise UserError(f"unknown profile {profile!r}: choose from {', '.join(PROFILES)}")
 
 
-def scaled_milestones(epochs):
-    """The paper's milestones out of 260 epochs for a schedule of another length; the trainer rounds them to steps."""
-    return tuple(round(m * epochs / 260, 4) for m in PAPER_MILESTONES)
-
-
-SEEDS = {
-    "quick": {"table1": 2, "fig6": 2, "others": 1},
-    "small": {
-        "table1": 8,
-        "fig6": 5,
-        "table3": 5,
-        "msdnet": 5,
-        "equal_compute": 8,
-        "mean-peer": 6,
-        "coupling": 3,
-        "regime": 2,
-        "choices": 2,
-        "others": 3,
-    },
-    "short": {"others": 3},
-    "paper": {"others": 3},
-}
-"""How many seeds, from 0, are planned at each profile: written before the first record. What shares the runs of Table 1
-(Figures 3 and 7, and the arms beside them) has those seeds."""
-
-
 def seeds_for(part, profile, seeds=None):
-    """The seeds asked for, or those that the profile plans for a part of its grids, a key of SEEDS[profile]."""
+    """The seeds asked for, or those planned for a part of the profile's grids, a key of SEEDS[profile]."""
     check_profile(profile)
     if seeds is None:
-        planned = SEEDS[profile]
-        return tuple(range(planned.get(part, planned["others"])))
+        return tuple(range(SEEDS[profile].get(part, SEEDS[profile]["others"])))
     if not isinstance(seeds, (list, tuple)) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"seeds {seeds!r}: give a list of whole numbers from 0, such as [0, 1, 2]")
     return tuple(dict.fromkeys(seeds))
+
+
+def scaled_milestones(epochs):
+    """The paper's milestones out of 260 epochs for a schedule of another length; the trainer rounds them to steps."""
+    return tuple(round(m * epochs / 260, 4) for m in PAPER_MILESTONES)
 
 
 SILENT = dict(augment="crop+flip+rotate15", gamma=0.2, nesterov=False, init="pytorch")
@@ -98,11 +84,21 @@ def cifar_run(profile, nets, **changes):
         "small": dict(train_size=10000, width=0.25, epochs=60, gamma=0.7),
         "short": SILENT | dict(epochs=26),
         "paper": SILENT,
-    }[profile]  # fmt: skip
-    settings = settings | changes
+    }[profile] | changes  # fmt: skip
     if profile != "paper":
         settings["milestones"] = scaled_milestones(settings["epochs"])
     return Run(nets=nets, **settings)
+
+
+def pairs_and_ind(profile, seeds, pairs, methods, settings):
+    """For each seed every pair with each method; IND of pairs of a kind alone. settings(pair) -> Run fields."""
+    return [
+        cifar_run(profile, pair, method=method, seed=seed, **settings(pair))
+        for seed in seeds
+        for pair in pairs
+        for method in methods
+        if method != "ind" or pair[0] == pair[1]
+    ]
 
 
 NOISE = {
@@ -119,21 +115,8 @@ Even numbers of images: the backward pass of an odd batch crashes torch 2.13 on 
 
 def table1(profile="quick", seeds=None):
     """Table 1: five pairs with three methods, and IND of three networks; `small` has ResNet18's pair alone."""
-    check_profile(profile)
-    pairs = [pair for pair in TABLE1_PAIRS if profile != "small" or set(pair) == {"resnet18"}]
-    noise = lambda pair: NOISE[profile] if set(pair) == {"resnet18"} else {}
-    return pairs_and_ind(profile, seeds_for("table1", profile, seeds), pairs, PAPER_METHODS, noise)
-
-
-def pairs_and_ind(profile, seeds, pairs, methods, settings):
-    """For each seed every pair with each method; IND of pairs of a kind alone. settings(pair) -> Run fields."""
-    return [
-        cifar_run(profile, pair, method=method, seed=seed, **settings(pair))
-        for seed in seeds
-        for pair in pairs
-        for method in methods
-        if method != "ind" or pair[0] == pair[1]
-    ]
+    seeds, pairs = seeds_for("table1", profile, seeds), TABLE1_PAIRS if profile != "small" else (RESNET18,)
+    return pairs_and_ind(profile, seeds, pairs, PAPER_METHODS, lambda pair: NOISE[profile] if pair == RESNET18 else {})
 
 
 def table2(profile="quick", seeds=None):
@@ -141,33 +124,26 @@ def table2(profile="quick", seeds=None):
 
     quick uses digits of 64x64 pixels, a size that suits the stem for large images.
     """
-    check_profile(profile)
-    pairs = [pair for pair in TABLE2_PAIRS if profile != "small" or set(pair) == {"resnet18"}]
-    settings = dict(dataset="imagenet100", augment="flip" if profile == "small" else "flip+rotate15")
+    seeds, pairs = seeds_for("table2", profile, seeds), TABLE2_PAIRS if profile != "small" else (RESNET18,)
+    settings = dict(dataset="imagenet100", augment="flip" if profile == "small" else "flip+rotate15", stem="imagenet")
     if profile == "quick":
-        settings = dict(dataset="digits64", batch_size=32)
-    seeds = seeds_for("table2", profile, seeds)
-    return pairs_and_ind(profile, seeds, pairs, PAPER_METHODS, lambda pair: settings | {"stem": "imagenet"})
+        settings = dict(dataset="digits64", batch_size=32, stem="imagenet")
+    return pairs_and_ind(profile, seeds, pairs, PAPER_METHODS, lambda pair: settings)
 
 
 def table3(profile="quick", seeds=None):
-    """Table 3: five networks on CIFAR-100 and CIFAR-10 with AutoAugment, each paired with itself by IND and SiLa.
+    """Table 3: five networks on CIFAR-10 and CIFAR-100 with AutoAugment, each paired with itself by IND and SiLa.
 
     quick has digits in place of both, `small` MobileNet only, in batches of 32: it lacked steps.
     """
-    check_profile(profile)
-    nets = TABLE3_NETS if profile != "small" else ("mobilenet",)
-    pairs, seeds = [(net, net) for net in nets], seeds_for("table3", profile, seeds)
+    seeds = seeds_for("table3", profile, seeds)
     if profile == "quick":
-        settings = lambda pair: dict(augment="autoaugment") | QUICK_TABLE3[pair[0]]
-        return pairs_and_ind(profile, seeds, pairs, ("ind", "sila"), settings)
-    runs = []
-    for dataset in ("cifar10", "cifar100"):
-        settings = dict(dataset=dataset, augment="crop+flip+autoaugment")
-        if profile == "small":
-            settings["batch_size"] = 32
-        runs += pairs_and_ind(profile, seeds, pairs, ("ind", "sila"), lambda pair, settings=settings: settings)
-    return runs
+        parts = [lambda pair: dict(augment="autoaugment") | QUICK_TABLE3[pair[0]]]
+    else:
+        base = dict(augment="crop+flip+autoaugment") | (dict(batch_size=32) if profile == "small" else {})
+        parts = [lambda pair, name=name: base | dict(dataset=name) for name in ("cifar10", "cifar100")]
+    pairs = [(net, net) for net in (TABLE3_NETS if profile != "small" else ("mobilenet",))]
+    return list(chain(*(pairs_and_ind(profile, seeds, pairs, ("ind", "sila"), settings) for settings in parts)))
 
 
 def variants(profile="quick", seeds=None):
@@ -176,18 +152,18 @@ def variants(profile="quick", seeds=None):
     `small`, whose hours go into what is judged, leaves them out.
     """
     seed = seeds_for("variants", profile, seeds)[0]
-    if profile == "small":
-        return []
-    return [
-        cifar_run(profile, ("resnet18",) * 3, seed=seed),
-        cifar_run(profile, ("resnet18",) * 2, seed=seed, betas=(1, 0.5)),
-    ]
+    runs = [cifar_run(profile, ("resnet18",) * 3, seed=seed), cifar_run(profile, RESNET18, seed=seed, betas=(1, 0.5))]
+    return runs if profile != "small" else []
 
 
 def fig3(profile="quick", seeds=None):
     """Figure 3: Table 1's ResNet18, independent and with SiLa."""
-    runs = table1(profile, seeds)
-    return [run for run in runs if set(run.nets) == {"resnet18"} and run.method in ("ind", "sila")]
+    return [run for run in fig7(profile, seeds) if run.method in ("ind", "sila")]
+
+
+def fig7(profile="quick", seeds=None):
+    """Figure 7: Table 1's ResNet18, independent and with each method."""
+    return [run for run in table1(profile, seeds) if run.nets == RESNET18]
 
 
 def fig6(profile="quick", seeds=None):
@@ -197,22 +173,20 @@ def fig6(profile="quick", seeds=None):
 
 def fig6_runs(profile, seeds, **changes):
     """Figure 6's network for each seed, alone and with SiLa, with other fields of Run."""
-    base = Run(
-        dataset="mnist", nets=("convnet12",), method="ind", width=0.25, epochs=20, milestones=(), warmup=0.0,
-        nesterov=False, augment="none", noise_images=1000, noise_sigmas=5, noise_draws=5, hessian_images=1000,
+    settings = dict(
+        dataset="mnist", width=0.25, epochs=20, milestones=(), warmup=0.0, nesterov=False, augment="none",
+        noise_images=1000, noise_sigmas=5, noise_draws=5, hessian_images=1000,
     )  # fmt: skip
-    if profile == "quick":
-        base = replace(base, dataset="digits", train_size=512, batch_size=32, epochs=14, lr=0.02, noise_images=0)
-        base = replace(base, hessian_images=0)
-    elif profile == "small":
-        base = replace(base, train_size=10000)
-    elif profile == "short":
-        base = replace(base, epochs=2)
-    base = replace(base, **changes)
-    runs = []
-    for seed in seeds:
-        runs += [replace(base, seed=seed), replace(base, seed=seed, nets=("convnet12",) * 2, method="sila")]
-    return runs
+    settings |= {
+        "quick": dict(
+            dataset="digits", train_size=512, batch_size=32, epochs=14, lr=0.02, noise_images=0, hessian_images=0
+        ),
+        "small": dict(train_size=10000),
+        "short": dict(epochs=2),
+        "paper": {},
+    }[profile] | changes
+    arms = (("convnet12",), "ind"), (("convnet12",) * 2, "sila")
+    return [Run(nets=nets, method=method, seed=seed, **settings) for seed in seeds for nets, method in arms]
 
 
 def fig4(profile="quick", seeds=None):
@@ -231,7 +205,7 @@ def fig5(profile="quick", seeds=None):
 
 def exits_grid(profile, seeds, net, fewer, holdout):
     """IND and SiLa over the exits of an MSDNet: CIFAR-100, then ImageNet-100, and both with fewer blocks."""
-    check_profile(profile)
+    seeds = seeds_for("msdnet", profile, seeds)
     cifar = Run(
         nets=net, method="ind", epochs=300, batch_size=64, milestones=(150, 255), gamma=0.1, warmup=0.0,
         weight_decay=1e-4, nesterov=False, holdout=holdout,
@@ -240,41 +214,29 @@ def exits_grid(profile, seeds, net, fewer, holdout):
         cifar, dataset="imagenet100", nets="msdnet_imagenet", epochs=90, batch_size=256, milestones=(30, 60),
         augment="flip", stem="imagenet",
     )  # fmt: skip
-    if profile == "quick":
-        digits = replace(cifar, dataset="digits", train_size=512, holdout=300 if holdout else 0, augment="none")
-        digits = replace(digits, batch_size=24, width=0.25, epochs=3, milestones=(1.5, 2.55))
-        bases = [replace(digits, blocks=blocks) for blocks in (4, 2)]
+    bases = [cifar, replace(cifar, blocks=fewer), imagenet, replace(imagenet, blocks=3)]
+    if profile == "short":
+        tenth = lambda run: dict(epochs=run.epochs // 10, milestones=[m / 10 for m in run.milestones])
+        bases = [replace(base, **tenth(base)) for base in bases]
     elif profile == "small":
         bases = [replace(cifar, train_size=10000, epochs=30, milestones=(15, 25.5))]
-    else:
-        bases = [cifar, replace(cifar, blocks=fewer), imagenet, replace(imagenet, blocks=3)]
-        if profile == "short":
-            bases = [
-                replace(base, epochs=base.epochs // 10, milestones=tuple(m / 10 for m in base.milestones))
-                for base in bases
-            ]
-    seeds = seeds_for("msdnet", profile, seeds)
+    elif profile == "quick":
+        digits = replace(
+            cifar, dataset="digits", train_size=512, holdout=300 if holdout else 0, augment="none", batch_size=24,
+            width=0.25, epochs=3, milestones=(1.5, 2.55),
+        )  # fmt: skip
+        bases = [replace(digits, blocks=blocks) for blocks in (4, 2)]
     return [replace(base, seed=seed, method=m) for base in bases for seed in seeds for m in ("ind", "sila")]
 
 
-def fig7(profile="quick", seeds=None):
-    """Figure 7: Table 1's ResNet18, independent and with each method."""
-    runs = table1(profile, seeds)
-    return [run for run in runs if set(run.nets) == {"resnet18"}]
+UNMEASURED = dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0)
+ALONE = dict(nets=("resnet18",), method="ind")
 
 
-# Not in the paper
-
-
-def plain(run, **changes):
-    """A run of Figure 3 without its measurements of noise and curvature, with other fields of Run."""
-    return replace(run, **dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0) | changes)
-
-
-def scaled(run, factor, **changes):
-    """A `plain` run whose schedule is so many times as long, milestones with it; warm-up stays."""
-    milestones = [round(factor * m, 4) for m in run.milestones]
-    return plain(run, epochs=round(factor * run.epochs), milestones=milestones, **changes)
+def plain(run, factor=1, **changes):
+    """A run of Figure 3 without noise and sharpness, so many times as long (but for warm-up), with other fields."""
+    schedule = dict(epochs=round(factor * run.epochs), milestones=[round(factor * m, 4) for m in run.milestones])
+    return replace(run, **UNMEASURED | schedule | changes)
 
 
 COUPLINGS = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -287,30 +249,27 @@ def coupling(profile="quick", seeds=None):
     quick leaves couplings out, `small` also the zero peer.
     """
     runs = fig3(profile, seeds_for("others" if profile == "quick" else "table1", profile, seeds))
-    few = profile in ("quick", "small")
-    for sila in [run for run in fig3(profile, seeds_for("coupling", profile, seeds)) if run.method == "sila"]:
-        runs += [plain(sila, coupling=c) for c in COUPLINGS if c not in ((0, 0.5, 1, 2) if few else (0, 1))]
-        if profile != "small":
-            runs.append(plain(sila, nets=sila.nets[:1], method="zero-peer"))
+    shown = (4.0,) if profile in ("quick", "small") else [c for c in COUPLINGS if c not in (0, 1)]
+    for run in fig3(profile, seeds_for("coupling", profile, seeds)):
+        if run.method == "sila":
+            runs += [plain(run, coupling=c) for c in shown]
+            runs += [plain(run, **ALONE | dict(method="zero-peer"))] if profile != "small" else []
     return runs
 
 
 def equal_compute(profile="quick", seeds=None):
     """Figure 3's runs beside what costs no second network: IND for twice as long, and a peer that is a constant."""
     runs = fig3(profile, seeds_for("equal_compute", profile, seeds))
-    alone = [plain(run, nets=run.nets[:1], method="ind") for run in runs if run.method == "sila"]
-    controlled = seeds_for("mean-peer", profile, seeds)
-    runs += [scaled(run, 2) for run in alone]
-    return runs + [replace(run, method="mean-peer") for run in alone if run.seed in controlled]
+    pairs, controlled = [run for run in runs if run.method == "sila"], seeds_for("mean_peer", profile, seeds)
+    controls = [plain(run, **ALONE | dict(method="mean-peer")) for run in pairs if run.seed in controlled]
+    return runs + [plain(run, 2, **ALONE) for run in pairs] + controls
 
 
 def regime(profile="quick", seeds=None):
     """Figure 3's runs, and the same for half and for twice as long: SiLa's pair, and IND alone."""
     runs = fig3(profile, seeds_for("regime", profile, seeds))
-    for sila in [run for run in runs if run.method == "sila"]:
-        for factor in (0.5, 2):
-            runs += [scaled(sila, factor, nets=sila.nets[:1], method="ind"), scaled(sila, factor)]
-    return runs
+    arms = [(factor, arm) for factor in (0.5, 2) for arm in (ALONE, {})]
+    return runs + [plain(run, factor, **arm) for run in runs if run.method == "sila" for factor, arm in arms]
 
 
 def choices(profile="quick", seeds=None):
@@ -321,18 +280,15 @@ def choices(profile="quick", seeds=None):
     three is changed, so that each is changed twice and Figure 3 is one of the four. In quick all are cut short.
     """
     seeds = seeds_for("choices", profile, seeds)
-    cheap = dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0)
-    runs, pairs = fig6(profile, seeds), fig3(profile, seeds)
+    cheap, runs, pairs = UNMEASURED, fig6(profile, seeds), fig3(profile, seeds)
     if profile == "quick":
-        cheap |= dict(epochs=1)
-        runs, pairs = fig6_runs(profile, seeds, **cheap), [scaled(run, 0.25, width=0.0625) for run in pairs]
+        cheap = UNMEASURED | dict(epochs=1)
+        runs, pairs = fig6_runs(profile, seeds, **cheap), [plain(run, 0.25, width=0.0625) for run in pairs]
     for change in (dict(momentum=0.0), dict(weight_decay=0.0), dict(width=0.5)):
         runs += fig6_runs(profile, seeds, **cheap | change)
-    base = pairs[0]
-    rotated = "rotate15" in base.augment
+    rotated = "rotate15" in pairs[0].augment
     augment = dict(augment="crop+flip" if rotated else "crop+flip+rotate15")
-    nesterov = dict(nesterov=not base.nesterov)
-    factor = dict(gamma=0.5 if rotated else 0.2)
+    nesterov, factor = dict(nesterov=not pairs[0].nesterov), dict(gamma=0.5 if rotated else 0.2)
     for change in (augment | nesterov, augment | factor, nesterov | factor):
         runs += [plain(run, **change) for run in pairs]
     return runs + pairs
@@ -376,15 +332,11 @@ def tiers(profile):
     return found
 
 
-FIRST_SEEDS = 3
-"""Of tier 1, these are trained first: an interval."""
-
-
 def turns(profile):
     """Every planned run -> its turn; runs of a lower one are trained first, those of one turn the longest first.
 
-    `small`: an interval for tier 1, one seed of tier 2, the rest of tier 1, the rest of tier 2 seed by seed, and of
-    tier 3 MNIST, the regime, the others. `short` and `paper`: seed by seed. quick: all at once.
+    `small`: three seeds of tier 1, for an interval, one of tier 2, the rest of tier 1, the rest of tier 2 seed by seed,
+    and of tier 3 MNIST, the regime, the others. `short` and `paper`: seed by seed. quick: all at once.
     """
     if profile == "quick":
         return dict.fromkeys(tiers(profile), (0, 0))
@@ -392,7 +344,7 @@ def turns(profile):
         return {run: (0, run.seed) for run in tiers(profile)}
     longer_and_shorter = set(regime(profile))
     part = {
-        1: lambda run: 0 if run.seed < FIRST_SEEDS else 2,
+        1: lambda run: 0 if run.seed < 3 else 2,
         2: lambda run: 3 if run.seed else 1,
         3: lambda run: 4 if run.dataset == "mnist" else 5 if run in longer_and_shorter else 6,
     }
@@ -403,43 +355,3 @@ def block(profile, dataset, seed):
     """The runs of a profile with one data set and one seed, of all exhibits: they are compared, so trained alike."""
     grids = [exhibit.grid(profile, [seed]) for exhibit in EXHIBITS.values()]
     return [run for run in dict.fromkeys(chain(*grids)) if run.dataset == dataset]
-
-
-def not_run(grid, records):
-    """A line of Markdown for each data set with runs that have no record: how many, and how to get them; or ""."""
-    lines = []
-    for name in dict.fromkeys(run.dataset for run in grid if run not in records):
-        runs = [run for run in grid if run.dataset == name]
-        missing = sum(run not in records for run in runs)
-        how = "they are not trained yet"
-        if not data.here(name):
-            how = "its data are not here, they are downloaded by training"
-            if data.dataset(name).prepared:
-                how = f"its data are not here: `python -m silalib data {name} --from DIR` prepares them from your own"
-                how += " copy, see `data/README.md`"
-        lines.append(f"**Not run:** {missing} of {len(runs)} runs on {data.dataset(name).title}; {how}.\n")
-    return "\n".join(lines)
-
-
-def training_images(run):
-    """How many images a run is trained on, in words."""
-    return f"{run.train_size:,}" if run.train_size else f"all but {run.holdout:,}" if run.holdout else "all"
-
-
-def schedule(run):
-    """What a figure is labelled with beside its `title`: epochs, training images, width."""
-    return f"{run.epochs} epochs of {training_images(run)} training images, width {run.width:g}"
-
-
-def scale(profile):
-    """A sentence about how far a profile is from the paper's schedule; "" for the paper's own."""
-    if profile == "paper":
-        return ""
-    ours, papers = (schedule(table1(p)[0]) for p in (profile, "paper"))
-    return f"Not the paper’s scale: Table 1, for one, is trained for {ours}; in the paper for {papers}."
-
-
-def title(profile, dataset):
-    """What a figure or table is labelled with: the data it was trained on and the profile."""
-    stand_in = ", a stand-in for the real data" if profile == "quick" else ""
-    return f"{data.dataset(dataset).title}, profile {profile}{stand_in}"

@@ -141,9 +141,6 @@ LABELS = {
 PAPER_METHODS = ("ind", "sila", "dml", "sila+dml")
 """The rows of Tables 1 to 3, in the paper's order."""
 
-COUPLED_BY_S = ("ind", "sila", "zero-peer", "mean-peer")
-"""Methods in which a peer enters the gradient through its log-partition s at most; any other may need its logits."""
-
 
 class SiameseLabelsLoss(torch.nn.Module):
     """`siamese_labels` as a module: `SiameseLabelsLoss()([net1(x), net2(x)], y)`."""

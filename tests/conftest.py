@@ -3,18 +3,25 @@
 import os
 import shutil
 import signal
+import sys
 import urllib.error
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from silalib import data, trainer
-from silalib.runs import Run, load
+from silalib import data, records
+from silalib.experiments import EXHIBITS, Exhibit
+from silalib.files import ROOT
+from silalib.models import MODELS
+from silalib.run import Run
+from silalib.training import trainer
 
 torch.set_num_threads(1)
+sys.path.append(str(ROOT / "benchmarks"))  # which tests measure small things with
 
 TINY = {
     "dataset": "digits",
@@ -30,6 +37,26 @@ TINY = {
 
 
 COUNTS = Counter()
+
+
+def train(run, folder, device="cpu", **more):
+    """The Record of a run that is trained here and now; arguments as `trainer.train`."""
+    return records.write_record(run, folder, *trainer.train(run, folder, device, **more))
+
+
+def losses(training, steps):
+    """Training NLL of every head in each of the next steps of a `trainer.Training`, (steps, C), without evaluations."""
+    rows = []
+    for i in range(steps):
+        epoch, first = divmod(training.step, training.steps_per_epoch)
+        if first == 0 or i == 0:
+            batches = training.material.epoch(epoch, first, training.steps_per_epoch)
+        training.set_step()
+        training.captured_update(*next(batches))
+        training.step += 1
+        rows.append(training.sums[:, 0].clone())
+        training.sums.zero_()
+    return torch.stack(rows).cpu()
 
 
 @pytest.fixture
@@ -70,16 +97,8 @@ def trained(tiny, tmp_path_factory):
     """(run, folder) of a small SiLa run with every part of a record."""
     run = tiny(noise_images=20, noise_sigmas=2, noise_draws=2, hessian_images=10)
     folder = tmp_path_factory.mktemp("trained") / run.key
-    trainer.train(run, folder, "cpu")
+    train(run, folder)
     return run, folder
-
-
-@pytest.fixture(scope="module")
-def in_float32():
-    """What is compared to the last digits is not rounded to bfloat16, also where the processor has units for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "precision", lambda *_: torch.float32)
-        yield
 
 
 @pytest.fixture
@@ -87,7 +106,7 @@ def record(trained, results):
     """The Record of the small run, in this test's own results folder, free to be damaged."""
     run, folder = trained
     shutil.copytree(folder, results / "quick" / "runs" / run.key)
-    return load(run)
+    return records.load(run)
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +119,25 @@ def comparable():
         return files, history, record.heads, (record.path / "run.json").read_bytes()
 
     return evidence
+
+
+@pytest.fixture
+def own_models():
+    """MODELS, to which a test may add networks of its own."""
+    with mock.patch.dict(MODELS):
+        yield MODELS
+
+
+@pytest.fixture
+def plan():
+    """plan(grid) makes a function (profile, seeds) -> runs the only exhibit, "tiny"; a list is one of all profiles."""
+    with mock.patch.dict(EXHIBITS, clear=True):
+
+        def only(grid):
+            function = grid if callable(grid) else lambda profile="quick", seeds=None: grid
+            EXHIBITS["tiny"] = Exhibit("Tiny", function, None)
+
+        yield only
 
 
 @pytest.fixture
@@ -145,3 +183,13 @@ def real_data():
         return data.load(name)
 
     return images
+
+
+@pytest.fixture
+def cores():
+    """cores(n): until the end of the test this process may use n of its CPU cores, and so may those that it starts."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("needs to choose its CPU cores")
+    before = os.sched_getaffinity(0)
+    yield lambda n: os.sched_setaffinity(0, sorted(before)[:n])
+    os.sched_setaffinity(0, before)

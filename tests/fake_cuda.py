@@ -11,7 +11,6 @@ processes, and early exit in inference. What a kernel itself waits for is not se
 
 import json
 import traceback
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -21,11 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from silalib import data, robustness, speed, trainer
+from silalib import data
 from silalib.losses import METHODS
 from silalib.models import EXITS, MODELS, STEMS
 from silalib.models.layers import ClassLayer
-from silalib.runs import Run
+from silalib.run import Run
+from silalib.training import checkpoint, execution, measure, metrics, robustness, trainer
 
 aten = torch.ops.aten
 BASE = {"dataset": "cifar10", "nets": "convnet12", "method": "ind", "width": 0.0625, "epochs": 1}
@@ -134,9 +134,9 @@ def replace_what_needs_a_gpu_or_numbers():
     data.splits, data.balanced_order = splits, lambda labels, seed=0: torch.arange(len(labels))
     data.normalisation = lambda split: (torch.zeros(split.images.shape[3]), torch.ones(split.images.shape[3]))
     robustness.generator = lambda *path, device="cpu": None  # that of a GPU is not there
-    robustness.largest_eigenvalue = partial(robustness.largest_eigenvalue, steps=1)
-    trainer.to_safetensors, trainer.checkpoint_bytes = to_file, lambda state: b""
-    speed.EAGER_CALLS = 100  # a capture would tell every error as its own
+    robustness.eigsh = lambda operator, k, v0, **more: (operator.matvec(v0)[:1], v0[:, None])
+    measure.to_safetensors, checkpoint.checkpoint_bytes = to_file, lambda state: b""
+    execution.EAGER_CALLS = 100  # a capture would tell every error as its own
 
 
 # -- faults, each of which must end its run
@@ -166,8 +166,8 @@ def in_learning_rate(fault):
 
 
 def at_the_end(fault):
-    per_image = trainer.per_image
-    return mock.patch.object(trainer, "per_image", lambda z, target, net: per_image(*fault(z, target), net))
+    per_image = metrics.per_image
+    return mock.patch.object(metrics, "per_image", lambda z, target, net: per_image(*fault(z, target), net))
 
 
 MIXED, WAITED, COPIED = "DeviceMismatch", "DataDependentOutput|DynamicOutputShape|a mask", "of cpu and cuda"
@@ -198,7 +198,7 @@ def main(folder):
     """Print a JSON line [name, traceback or null] for every case and every fault; records go to `folder`."""
     mode, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch()
     replace_what_needs_a_gpu_or_numbers()
-    for name in ("one_step", "forward"):
+    for name in ("set_step", "update", "forward"):
         setattr(trainer.Training, name, watch.step(getattr(trainer.Training, name)))
     with mode, watch:
         for i, name in enumerate([*CASES, *FAULTS]):

@@ -8,35 +8,51 @@ import sys
 import torch
 from conftest import TINY
 
-from silalib import experiments, runs, trainer
+from silalib import experiments, records
 from silalib.__main__ import main
-from silalib.runs import Run
+from silalib.run import Run
+from silalib.training import trainer
+
+
+def noting(note, train=trainer.train):
+    """`trainer.train` with a checkpoint after every step, before which note(run, number of the step) is called."""
+
+    def noted(run, folder, device, *, stop=lambda: None, progress=lambda **message: None, **how):
+        step = 0
+
+        def tell(**message):
+            nonlocal step
+            step = message["step"] if message.get("resumed") else step
+            progress(**message)
+
+        def ask():
+            nonlocal step
+            if step < run.epochs * (run.train_size // run.batch_size):  # later it is asked between the evaluations
+                note(run, step)
+            step += 1
+            return stop()
+
+        return train(run, folder, device, stop=ask, progress=tell, checkpoint_seconds=-1, **how)
+
+    return noted
 
 
 def prepare(log):
-    """One thread, a checkpoint after every step, and every step's number written to the file `log` as it begins."""
+    """One thread; the training that writes every step's number to the file `log`."""
     torch.set_num_threads(1)
-    trainer.CHECKPOINT_SECONDS = -1
-    one_step = trainer.Training.one_step
     lines = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def logged(self, *batch):
-        os.write(lines, f"{self.run.seed} {self.step}\n".encode())
-        one_step(self, *batch)
-
-    trainer.Training.one_step = logged
+    return noting(lambda run, step: os.write(lines, f"{run.seed} {step}\n".encode()))
 
 
 def train(folder, log, changes):
-    prepare(log)
-    trainer.train(Run(**TINY | changes), folder, "cpu")
+    run = Run(**TINY | changes)
+    records.write_record(run, folder, *prepare(log)(run, folder, "cpu"))
 
 
 def command(arguments, results, log, changes, limit=None):
     """`python -m silalib` on an exhibit "tiny" of three seeds; limit: bytes that a file may have, as on a full disk."""
-    prepare(log)
+    trainer.train = prepare(log)
     os.environ["SILALIB_RESULTS"] = results
-    os.sched_getaffinity = lambda process: {0}
     grid = lambda profile="quick", seeds=None: [Run(**TINY | changes | {"seed": seed}) for seed in seeds or (0, 1, 2)]
     experiments.EXHIBITS = {"tiny": experiments.Exhibit("Tiny", grid, "00_tiny")}
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -50,6 +66,6 @@ def command(arguments, results, log, changes, limit=None):
 
 
 def hold(folder, ready):
-    with runs.lock(folder, wait=lambda: False):
+    with records.lock(folder):
         ready.set()
         signal.pause()

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from silalib import experiments, trainer
+from silalib import experiments
 from silalib.__main__ import leave, main
 from silalib.models import MODELS
-from silalib.runs import Run
+from silalib.run import Run
+from silalib.training import measure, trainer
 
 
 def smooth(factory):
@@ -56,12 +57,8 @@ NETWORKS = {
     "sila+dml": Run(**BASE, method="sila+dml", betas=(1, 0.5), **EVERY_PART),
     "unequal": Run(**BASE | {"nets": ("mobilenet", "convnet12")}, method="sila", coupling=0.7),
 }
-BATCHES = {
-    "one network": Run(**BASE | {"nets": ("convnet12",)}, method="ind", **EVERY_PART),
-    "three networks": Run(**BASE | {"nets": ("convnet12",) * 3, "train_size": 65}, method="sila+dml"),
-}
-UNEVEN = Run(**BASE | {"nets": ("convnet12",), "batch_size": 15}, method="ind")
-GRIDS = {"all": [*NETWORKS.values(), *BATCHES.values(), UNEVEN], "two": [NETWORKS["sila"], BATCHES["one network"]]}
+ALONE = Run(**BASE | {"nets": ("convnet12",)}, method="ind")
+GRIDS = {"all": [*NETWORKS.values(), ALONE], "two": [NETWORKS["sila"], NETWORKS["dml"]], "alone": [ALONE]}
 
 
 def exhibit(name):
@@ -81,23 +78,22 @@ def watched(folder, last_step):
         return call
 
     dist.all_gather, dist.all_reduce = note(dist.all_gather), note(dist.all_reduce)
-    step, write = trainer.Training.one_step, trainer.Training.write
+    update, final = trainer.Training.update, measure.final
 
-    def one_step(self, *batch):
+    def noted(self, *batch):
         if self.step == last_step and self.ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         before = messages.copy()
-        step(self, *batch)
+        update(self, *batch)
         seen.setdefault(self.run.key, {"first": self.step, "steps": 0, "step": dict(messages - before)})["steps"] += 1
 
-    def at_end(self):
-        seen[self.run.key]["sent"] = dict(self.ranks.sent)
+    def at_end(training, pauses):
         gc.collect()
         parameters = [p for p in gc.get_objects() if type(p) is torch.nn.Parameter]
-        seen[self.run.key]["parameters"] = sum(p.numel() for p in parameters)
-        return write(self)
+        seen[training.run.key]["parameters"] = sum(p.numel() for p in parameters)
+        return final(training, pauses)
 
-    trainer.Training.one_step, trainer.Training.write = one_step, at_end
+    trainer.Training.update, measure.final = noted, at_end
     try:
         return main(["train", "shared", "--device", "cpu"])
     finally:

@@ -6,11 +6,13 @@ from collections import Counter
 import pytest
 import torch
 
-from silalib import autoaugment, trainer
-from silalib.augment import epoch_plan
-from silalib.autoaugment import OPERATIONS, POLICY, apply, draw
+from silalib import records
+from silalib.data import autoaugment
+from silalib.data.augment import epoch_plan
+from silalib.data.autoaugment import OPERATIONS, POLICY, apply, draw
 from silalib.errors import Stopped
-from silalib.runs import Run
+from silalib.run import Run
+from silalib.training import execution, trainer
 
 CPU = torch.device("cpu")
 GEOMETRY = ("ShearY", "TranslateX", "TranslateY", "Rotate")
@@ -20,7 +22,7 @@ BLENDS = ("Color", "Contrast", "Sharpness")
 @pytest.fixture(scope="module")
 def theirs():
     """torchvision's AutoAugment with the policy for CIFAR-10."""
-    from silalib._torchvision import torchvision  # noqa: F401
+    from silalib.data._torchvision import torchvision  # noqa: F401
 
     v2 = pytest.importorskip("torchvision.transforms.v2")
     return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
@@ -144,13 +146,12 @@ def test_every_image_has_its_own_choices(channels, theirs):
                 assert torch.equal(after, before), case
 
 
-def test_fixed_shapes_give_the_same_images(monkeypatch):
+def test_fixed_shapes_give_the_same_images():
     g = torch.Generator().manual_seed(0)
     images = made_up(32, 32, 3).repeat(8, 1, 1, 1)
     choices = draw(len(images), g)
-    expected = autoaugment.autoaugment(images, *choices)
-    monkeypatch.setattr(autoaugment, "_update_chosen", autoaugment._update_all)
-    assert torch.equal(autoaugment.autoaugment(images, *choices), expected)
+    expected = autoaugment.autoaugment(images, *choices, fixed_shapes=False)
+    assert torch.equal(autoaugment.autoaugment(images, *choices, fixed_shapes=True), expected)
     assert not torch.equal(images, expected)
 
 
@@ -200,29 +201,34 @@ def test_choices_depend_on_seed_and_epoch_and_come_last(tiny):
 # -- training
 
 
+def train(run, folder, **more):
+    return records.write_record(run, folder, *trainer.train(run, folder, "cpu", **more))
+
+
 @pytest.fixture(scope="module")
 def augmented(tiny):
     return tiny(augment="crop+flip+autoaugment")
 
 
-def test_a_step_augments_what_crop_and_flip_left(augmented, tmp_path):
-    state = trainer.Training(augmented, tmp_path, CPU, lambda: None, lambda **message: None, None)
+def test_a_step_augments_what_crop_and_flip_left(augmented):
+    state = trainer.Training(augmented, CPU, execution.fast(CPU))
     seen, forward = [], state.forward
     state.forward = lambda images, **arguments: (seen.append(images), forward(images, **arguments))[1]
-    index, offset, flip, *choices = (part[:32] for part in epoch_plan(augmented, 0, 64, CPU))
-    state.one_step(index, offset, flip, *choices)
-    images = state.batches.crop_flip(index, offset, flip)
+    images, target, *choices = next(state.material.epoch(0, 0, 2))
+    state.update(images, target, *choices)
+    plan = epoch_plan(augmented, 0, 64, CPU)
+    assert all(map(torch.equal, choices, [part[:32] for part in plan[3:]]))
     expected = autoaugment.autoaugment(images, *choices)
     assert not torch.equal(expected, images)
     assert torch.equal(seen[0], expected)
 
 
 def test_an_augmented_run_resumes_where_it_stopped(augmented, tiny, comparable, tmp_path):
-    whole = trainer.train(augmented, tmp_path / "whole", "cpu")
+    whole = train(augmented, tmp_path / "whole")
     asked = iter(range(1, 10))
     with pytest.raises(Stopped, match="step 3 of 4"):
-        trainer.train(augmented, tmp_path / "parts", "cpu", stop=lambda: "enough" if next(asked) == 3 else None)
+        train(augmented, tmp_path / "parts", stop=lambda: "enough" if next(asked) == 3 else None)
     torch.manual_seed(99)
-    assert comparable(trainer.train(augmented, tmp_path / "parts", "cpu")) == comparable(whole)
-    plain = trainer.train(tiny(augment="crop+flip"), tmp_path / "plain", "cpu")
+    assert comparable(train(augmented, tmp_path / "parts")) == comparable(whole)
+    plain = train(tiny(augment="crop+flip"), tmp_path / "plain")
     assert plain.heads[0]["train_nll"] != whole.heads[0]["train_nll"]

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from silalib import report
-from silalib.paths import ROOT
+from silalib.analysis import plots
+from silalib.files import ROOT
+from silalib.report import pages
 
 REPORTS = sorted(ROOT.glob("results/*/report"))
 FLAGS = (
@@ -52,8 +53,6 @@ def new_pages(tmp_path_factory):
     from IPython.core.formatters import DisplayFormatter
     from nbformat import v4
 
-    from silalib import plots
-
     shown = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SILALIB_RESULTS", str(tmp_path_factory.mktemp("results")))
@@ -67,12 +66,12 @@ def new_pages(tmp_path_factory):
         outputs = [v4.new_output("display_data", data, metadata=metadata) for data, metadata in rendered]
         code = v4.new_code_cell("def f(x):  # a comment\n    return 'text', 1.5", outputs=outputs, execution_count=1)
         notebook = v4.new_notebook(cells=[v4.new_markdown_cell(EVERYTHING), code])
-        page = report.notebook_page(notebook, "00_siamese_labels", "small", None)
-        folder = report.results_folder("small") / "report"
-        folder.mkdir()
-        (folder / "00_siamese_labels.html").write_text(page, encoding="utf-8")
-        report.write_index("small")
-    return folder
+        report = pages.Report("small")
+        report.folder.mkdir()
+        page = report.notebook_page("00_siamese_labels", notebook)
+        (report.folder / "00_siamese_labels.html").write_text(page, encoding="utf-8")
+        report.write_index()
+    return report.folder
 
 
 def visit(browser, page, size=DESK, **media):
@@ -106,9 +105,9 @@ def test_every_committed_page_fetches_nothing_and_fits_a_phone(browser, folder):
 
 
 def test_every_new_page_fetches_nothing_and_fits_a_phone(browser, new_pages):
-    pages = sorted(new_pages.glob("*.html"))
-    assert len(pages) == len(report.NOTEBOOKS) + 1
-    for page in pages:
+    made = sorted(new_pages.glob("*.html"))
+    assert len(made) == len(pages.Report("small").notebooks) + 1
+    for page in made:
         check(browser, page)
 
 

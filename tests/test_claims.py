@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from silalib import claims, experiments, summary
-from silalib.claims import CLAIMS, VERDICTS, Effect, evidence, judge_all, over_images, row, score
+from silalib import experiments
+from silalib.analysis import claims, tables
+from silalib.analysis.claims import CLAIMS, VERDICTS, evidence, judge_all, score
+from silalib.analysis.statistics import Effect, Pair, over_images
 from silalib.experiments import Exhibit, cifar_run
-from silalib.runs import Run
+from silalib.run import Run
 
 SEEDS = (0, 1, 2)
 GAINS = {
@@ -66,7 +68,8 @@ def early_exits(_):
 
     def record(run, gain):
         heads = [{"top1": top1(run, gain, k), "macs": k} for k in range(3)]
-        return {"heads": heads, "curve": pd.DataFrame(heads)}
+        exits = {f"{name}_{k}": 0.5 for name in ("threshold", "share") for k in range(3)}
+        return {"heads": heads, "budgeted": pd.DataFrame(heads).assign(q=1.0, **exits)}
 
     return {"fig5": base, "fig4": [replace(run, holdout=5000) for run in base]}, record
 
@@ -93,11 +96,6 @@ def robustness(_):
     return {"fig7": experiments.fig7("paper", SEEDS)}, record
 
 
-@pytest.fixture(autouse=True)
-def made_up_curves(monkeypatch):
-    monkeypatch.setattr(claims.early_exit, "budgeted", lambda record: record.curve)
-
-
 BUILDERS = {1: table, 2: table, 3: table, 4: training, 5: early_exits, 6: features, 7: robustness}
 
 
@@ -118,6 +116,11 @@ def judged(number, *arguments):
     return judge_all(made_up(number, *arguments))[number - 1]
 
 
+def signs(claim):
+    """(cells above zero, all cells) of a claim's effects together."""
+    return sum(effect.wins for effect in claim.effects), sum(effect.total for effect in claim.effects)
+
+
 @pytest.mark.parametrize("verdict", VERDICTS)
 @pytest.mark.parametrize("number", BUILDERS)
 def test_every_claim_has_every_verdict(number, verdict):
@@ -131,9 +134,9 @@ def test_every_claim_has_every_verdict(number, verdict):
             assert (effect.seeds, effect.total, str(effect)) == (0, 0, "")
             continue
         assert effect.mean == pytest.approx(scale * np.mean(GAINS[verdict]))
-        assert effect.half == pytest.approx(scale * 4.3027 * np.std(GAINS[verdict], ddof=1) / 3**0.5, rel=1e-4)
+        assert effect.half_width == pytest.approx(scale * 4.3027 * np.std(GAINS[verdict], ddof=1) / 3**0.5, rel=1e-4)
         assert effect.seeds == 3
-        assert effect.won == (effect.total if effect.mean > 0 else 0)
+        assert effect.wins == (effect.total if effect.mean > 0 else 0)
     assert bool(claim.runs) == (verdict != "not run")
 
 
@@ -142,7 +145,7 @@ def test_a_single_seed_is_inconclusive_and_says_so(number):
     claim = judged(number, [2.0])
     assert claim.verdict == "inconclusive"
     assert "fewer than two seeds" in claim.note
-    assert claim.seeds == [0]
+    assert {run.seed for run in claim.runs} == {0}
 
 
 def test_an_effect_of_a_single_seed_is_named_beside_one_of_several():
@@ -190,14 +193,14 @@ METRICS = dict.fromkeys(("top1", "top2", "top5", "best", "nll"), 0.0)
 def test_the_papers_own_score():
     by_number = {claim.number: claim for claim in judge_all(claims.printed())}
     # Tables 1 and 2: 13 rows of SiLa with four numbers; Table 3: 20 with two. Two ties and one loss, all in top-2.
-    assert (by_number[1].won, by_number[1].total) == (89, 92)
+    assert signs(by_number[1]) == (89, 92)
     # SiLa+DML over SiLa has 13 rows with four numbers, over DML 16
     both = by_number[2].effects[2:]
-    assert [(effect.won, effect.total) for effect in both] == [(50, 52), (63, 64)]
-    assert sum(effect.won for effect in both) == 113 and sum(effect.total for effect in both) == 116
-    assert (by_number[3].won, by_number[3].total) == (37, 40)
+    assert [(effect.wins, effect.total) for effect in both] == [(50, 52), (63, 64)]
+    assert sum(effect.wins for effect in both) == 113 and sum(effect.total for effect in both) == 116
+    assert signs(by_number[3]) == (37, 40)
     for number in (4, 5, 6, 7, 8):
-        assert by_number[number].total == 0
+        assert signs(by_number[number]) == (0, 0)
     assert all(claim.verdict in ("inconclusive", "not run") for claim in by_number.values())  # no spread is printed
 
 
@@ -216,13 +219,13 @@ def test_the_papers_own_score():
     ],
 )
 def test_an_effect_needs_its_interval_and_most_signs(mean, half, won, verdict):
-    assert Effect("x", "points", mean, half, seeds=3, won=won, total=4).verdict == verdict
+    assert Effect("x", "points", mean, half, seeds=3, wins=won, total=4).verdict == verdict
 
 
 def test_a_claim_needs_all_of_its_effects():
-    good, bad = [Effect("x", "", g, 0.5, seeds=3, won=g > 0, total=1) for g in (1, -1)]
-    open_, none = Effect("x", "", 0.1, 0.5, seeds=3, won=1, total=1), Effect("y", "")
-    verdict = lambda *effects: claims.Judged(1, "a claim", effects).verdict
+    good, bad = [Effect("x", "", g, 0.5, seeds=3, wins=g > 0, total=1) for g in (1, -1)]
+    open_, none = Effect("x", "", 0.1, 0.5, seeds=3, wins=1, total=1), Effect("y", "")
+    verdict = lambda *effects: claims.ClaimVerdict(1, "a claim", effects).verdict
     assert verdict(good, good) == "reproduced"
     assert verdict(good, bad) == verdict(open_, bad) == verdict(none, bad) == "not reproduced"
     assert verdict(good, open_) == verdict(good, none) == verdict(open_, none) == "inconclusive"
@@ -231,9 +234,9 @@ def test_a_claim_needs_all_of_its_effects():
 
 def test_missing_cells_leave_an_effect_open():
     verdict = lambda **more: Effect("x", "points", seeds=3, total=4, missing=1, **more).verdict
-    assert verdict(mean=2, half=1, won=4) == verdict(mean=-2, half=1, won=0) == "inconclusive"
-    assert verdict(mean=0, half=0, won=4, exact=True) == "inconclusive"
-    assert verdict(mean=1, half=0, won=3, exact=True) == "not reproduced"  # one difference refutes equality
+    assert verdict(mean=2, half_width=1, wins=4) == verdict(mean=-2, half_width=1, wins=0) == "inconclusive"
+    assert verdict(mean=0, half_width=0, wins=4, exact=True) == "inconclusive"
+    assert verdict(mean=1, half_width=0, wins=3, exact=True) == "not reproduced"  # one difference refutes equality
     assert Effect("x", "", missing=4).verdict == "not run"
 
 
@@ -257,15 +260,15 @@ def test_a_part_of_a_table_is_not_its_verdict():
     grid, records = table2_in_part((1, 2))
     claim = judge_all(evidence({"table2": grid}, records))[0]
     top1 = claim.effects[0]
-    assert (top1.won, top1.total, top1.missing, top1.seeds) == (2, 2, 4, 3)
-    assert (top1.mean, top1.half) == (pytest.approx(2.02), pytest.approx(0.0497, abs=1e-4))
+    assert (top1.wins, top1.total, top1.missing, top1.seeds) == (2, 2, 4, 3)
+    assert (top1.mean, top1.half_width) == (pytest.approx(2.02), pytest.approx(0.0497, abs=1e-4))
     assert top1.verdict == claim.verdict == "inconclusive"
     left_out = "without Table 1: CIFAR-100, Table 3: AutoAugment"
     names = " and ".join(f'"{metric}, SiLa over IND"' for metric in ("Top-1", "Top-5", "BEST", "NLL"))
     assert claim.note == f"records for only 2 of 6 cells of {names}; {left_out}"
     # claim 2 counts the signs of four metrics
     sila = judge_all(evidence({"table2": grid}, records))[1].effects[0]
-    assert (sila.won, sila.total, sila.missing, sila.verdict) == (8, 8, 16, "inconclusive")
+    assert (sila.wins, sila.total, sila.missing, sila.verdict) == (8, 8, 16, "inconclusive")
 
 
 def test_the_notebooks_score_is_the_claims():
@@ -273,8 +276,9 @@ def test_the_notebooks_score_is_the_claims():
     for seeds in ((), (1,), (1, 2)):
         grid, records = table2_in_part(seeds)
         claim = judge_all(evidence({"table2": grid}, records))[1].effects[0]
-        score = summary.score(summary.cells(grid, records, metrics, "table2"), "sila")
-        assert score == pytest.approx((claim.won, claim.total, claim.mean, claim.half, claim.missing), nan_ok=True)
+        score = tables.score(tables.cells(grid, records, metrics, "table2"), "sila")
+        assert (score.wins, score.total, score.missing) == (claim.wins, claim.total, claim.missing)
+        assert (score.mean, score.half_width) == pytest.approx((claim.mean, claim.half_width), nan_ok=True)
 
 
 def test_a_missing_exit_and_a_missing_network_are_counted():
@@ -309,7 +313,7 @@ def test_a_seed_in_progress_and_a_table_that_was_not_run():
     kept = {run: r for run, r in found.records.items() if run.seed < 2 or run.nets[0] == "resnet18"}
     claim = judge_all(evidence(found.grids, kept))[0]
     assert [effect.name.split(",")[0] for effect in claim.effects] == ["Top-1", "Top-5", "BEST", "NLL"]
-    assert claim.seeds == [0, 1]
+    assert {run.seed for run in claim.runs} == {0, 1}
     assert claim.effects[0].mean == pytest.approx(2.25)
     left_out = "without Table 2: ImageNet-100, Table 3: AutoAugment"
     assert claim.effects[0].missing == 0 and claim.note == left_out
@@ -329,7 +333,7 @@ def test_only_metrics_that_the_paper_prints_are_judged():
     assert names(1, None) == names(1, "digits") == printed  # Table 1 has no top-2
     # Table 3 has top-1 with top-2 on CIFAR-10 and with top-5 on CIFAR-100: ten networks, two metrics
     for dataset in ("cifar10", "cifar100"):
-        assert judged(3, GAINS["reproduced"], dataset).total == 20
+        assert signs(judged(3, GAINS["reproduced"], dataset))[1] == 20
 
 
 def test_exits_of_another_cost_are_not_compared():
@@ -355,7 +359,7 @@ def test_interval_over_test_images_by_hand():
         a: with_predictions(a, [1, 0, 0, 1], [-1, -2, -3, -4]),
         b: with_predictions(b, [1, 1, 1, 0], [-1, -1, -1, -1]),
     }
-    rows = [row("cell", 0, 0.0, b, a)]
+    rows = [Pair("cell", 0, 0.0, b, a)]
     # differences 0, 100, 100, -100: mean 25, variance (625 + 2 * 5625 + 15625) / 3
     mean, half = over_images(rows, records, "top1")
     assert (mean, half) == (25, pytest.approx(1.96 * (27500 / 3 / 4) ** 0.5))
@@ -364,7 +368,7 @@ def test_interval_over_test_images_by_hand():
     # another data set with the same four differences halves the variance of the mean
     c, d = replace(a, dataset="cifar10"), replace(b, dataset="cifar10")
     records |= {c: with_predictions(c, [1, 0, 0, 1], [0] * 4), d: with_predictions(d, [1, 1, 1, 0], [0] * 4)}
-    both = over_images([*rows, row("other", 0, 0.0, d, c)], records, "top1")
+    both = over_images([*rows, Pair("other", 0, 0.0, d, c)], records, "top1")
     assert both == (25, pytest.approx(half / 2**0.5))
 
 
@@ -376,32 +380,31 @@ def test_records_without_per_image_data_have_no_such_interval():
 # -- from disk
 
 
-def test_a_damaged_record_counts_as_missing(record, monkeypatch):
-    grid = lambda profile, seeds=None: [record.run]
-    monkeypatch.setattr(claims, "EXHIBITS", {"fig6": Exhibit("Tiny", grid, "00_tiny")})
-    assert claims.judge("quick")[5].left_out == ()
+def test_a_damaged_record_counts_as_missing(record):
+    exhibits = {"fig6": Exhibit("Tiny", lambda profile, seeds=None: [record.run], "00_tiny")}
+    judged = lambda: judge_all(claims.collect("quick", exhibits=exhibits))
+    assert judged()[5].left_out == ()
     (record.path / "history.csv").write_text("damaged")
-    judged = claims.judge("quick")
-    assert judged[5].left_out == ("fig6",)
-    assert [claim.verdict for claim in judged] == ["not run"] * len(CLAIMS)
-    assert score(judged) == "claims: 8 not run"
+    assert judged()[5].left_out == ("fig6",)
+    assert [claim.verdict for claim in judged()] == ["not run"] * len(CLAIMS)
+    assert score(judged()) == "claims: 8 not run"
 
 
 def test_score_in_a_line():
-    claim = lambda mean: claims.Judged(1, "", (Effect("", "", mean, 1.0, seeds=3, won=mean > 0, total=1),))
+    claim = lambda mean: claims.ClaimVerdict(1, "", (Effect("", "", mean, 1.0, seeds=3, wins=mean > 0, total=1),))
     assert score([claim(2), claim(2), claim(0.5)]) == "claims: 2 reproduced, 1 inconclusive"
     run = cifar_run("quick", ("resnet18",))
-    stand_in = claims.Judged(1, "", (Effect("", "", 2.0, 1.0, seeds=3, won=1, total=1, runs=(run,)),))
+    stand_in = claims.ClaimVerdict(1, "", (Effect("", "", 2.0, 1.0, seeds=3, wins=1, total=1, runs=(run,)),))
     assert score([stand_in]) == "claims: 1 not run (stand-in data judge nothing)"
 
 
 def test_in_words():
-    good = Effect("top-1", "points", 2.0, 0.5, seeds=3, won=4, total=4)
-    claim = claims.Judged(1, "It helps", (good, Effect("NLL", "nats")))
+    good = Effect("top-1", "points", 2.0, 0.5, seeds=3, wins=4, total=4)
+    claim = claims.ClaimVerdict(1, "It helps", (good, Effect("NLL", "nats")))
     assert claims.in_words(claim) == (
         "- top-1: +2.00 ± 0.50 points. Reproduced.\n- NLL: no record. Not run.\n\n**It helps: inconclusive**."
     )
-    stand_in = claims.Judged(
+    stand_in = claims.ClaimVerdict(
         1, "It helps", (replace(good, runs=(Run(dataset="digits"), Run(dataset="digits", seed=1))),)
     )
     assert claims.in_words(stand_in).endswith("**It helps: not run** (stand-in data judge nothing in the paper).")

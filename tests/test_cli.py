@@ -10,19 +10,20 @@ import struct
 import subprocess
 import sys
 import termios
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
+from dataclasses import replace
 
 import pytest
 
 from silalib import experiments
 from silalib.__main__ import main, seconds
-from silalib.paths import ROOT, results_folder
-from silalib.progress import Progress, duration
-from silalib.runs import Run
+from silalib.files import ROOT, results_folder
+from silalib.launch.progress import Progress, duration
+from silalib.run import Run
 
 
 @pytest.fixture
-def one_exhibit(monkeypatch):
+def one_exhibit(plan):
     """An exhibit of two tiny runs."""
 
     def grid(profile="quick", seeds=None):
@@ -33,7 +34,7 @@ def one_exhibit(monkeypatch):
             for s in seeds for m in ("ind", "sila")
         ]  # fmt: skip
 
-    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", grid, "00_tiny")})
+    plan(grid)
     return grid
 
 
@@ -117,29 +118,20 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert {p: p.read_bytes() for p in results.rglob("result.json")} == before
 
 
-def test_data_that_must_be_prepared_count_as_success(one_exhibit, monkeypatch, tmp_path, capsys):
-    def grid(profile="quick", seeds=None):
-        return [
-            *one_exhibit(profile, [0]),
-            Run("imagenet100", "msdnet_imagenet", "sila", stem="imagenet", augment="flip"),
-        ]
-
-    monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", grid, "00_tiny")})
+def test_data_that_must_be_prepared_count_as_success(one_exhibit, plan, data_folder, capsys):
+    elsewhere = Run("imagenet100", "msdnet_imagenet", "sila", stem="imagenet", augment="flip")
+    plan(lambda profile="quick", seeds=None: [*one_exhibit(profile, [0]), elsewhere])
     assert main(["train", "tiny", "--workers", "1"]) == 0
     output = capsys.readouterr()
     assert output.out == "2 of 3 runs are trained, 1 not run\n"
     assert "1 of 3 runs not run: " in output.err
 
 
-def test_only_whole_starts_nothing_that_cannot_end(one_exhibit, monkeypatch):
+def test_only_whole_gives_up_what_cannot_end(one_exhibit, plan, capsys):
     """A run that would take longer than the budget is given up soon after its first seconds."""
-    from dataclasses import replace
-
-    long = lambda profile="quick", seeds=None: [replace(run, epochs=100000) for run in one_exhibit(profile, seeds)]
-    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", long, "00_tiny")})
-    monkeypatch.setattr("silalib.trainer.PROBE_SECONDS", 0.2)
-    assert main(["train", "tiny", "--workers", "1", "--budget", "20s", "--only-whole"]) == 75
+    plan(lambda profile="quick", seeds=None: [replace(r, epochs=10**6) for r in one_exhibit(profile, [0])[:1]])
+    assert main(["train", "tiny", "--workers", "1", "--budget", "1h", "--only-whole"]) == 75
+    assert "stopped with 1 of 1 runs left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, value", [("90", 90), ("90s", 90), ("9m", 540), ("1.5h", 5400)])
@@ -155,14 +147,12 @@ def test_durations_in_words(value, text):
     assert duration(value) == text
 
 
-def test_progress_fits_a_terminal(monkeypatch):
+def test_progress_fits_a_terminal():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     run = Run("cifar100", ("resnet18",) * 2, "sila")
-    monkeypatch.setattr("time.monotonic", lambda: 0.0)  # no time left is said in the first three seconds
-    with open(theirs, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        progress = Progress({run: 1.0, "another": 1.0})
+    with open(theirs, "w") as terminal, redirect_stderr(terminal):
+        progress = Progress({run: 1.0, "another": 1.0}, clock=lambda: 0.0)  # no time left is said in the first seconds
         progress.message(run, step=50, total=100, top1=(79.4, 84.6))
         progress.bar.refresh()
         progress.finish(run, "top-1 79.4 84.6 in 2 min 04 s")
@@ -178,6 +168,19 @@ def test_progress_fits_a_terminal(monkeypatch):
         re.search(r"\d%\|.{10}\| \d\d:\d\d, 0/2 runs, epoch \d+.0 of \d+, top-1 79.4 84.6", line) for line in lines
     )
     assert f"1/2 runs, {run}: top-1 79.4 84.6 in 2 min 04 s" in lines
+
+
+def test_time_left_is_weighted_by_cost_and_counts_what_was_trained_since_the_start(capsys):
+    """The longer run, resumed at half, is at three quarters after 100 s: half of the work that was left is done."""
+    now, long, short = [0.0], *(Run("cifar100", ("resnet18",), "ind", seed=seed) for seed in (0, 1))
+    progress = Progress({long: 3.0, short: 1.0}, clock=lambda: now[0])
+    progress.finish(short, "done")
+    now[0] = 1.0
+    progress.message(long, step=50, total=100, resumed=True)
+    now[0] = 100.0
+    progress.message(long, step=75, total=100)
+    # of 4 units 1 + 0.99 * 0.75 * 3 = 3.2275 are done, 0.99 * 0.5 * 3 = 1.485 of them before: 100 / 1.7425 * 0.7725
+    assert capsys.readouterr().err.splitlines()[-1].startswith("1/2 runs, 44 s left, epoch 195.0 of 260")
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["status"], ["report"], ["data"]], ids=lambda c: " ".join(c) or "-")

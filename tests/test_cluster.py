@@ -3,16 +3,23 @@
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
-from dataclasses import dataclass
+import threading
 
 import pytest
+from conftest import train as trained
 
-from silalib import cluster, launch, trainer
 from silalib.__main__ import main
 from silalib.errors import Stopped, UserError
-from silalib.paths import ROOT
-from silalib.runs import CHECKPOINTS, ensure, failure, state, write_failure
+from silalib.files import ROOT
+from silalib.launch.ensure import ensure, train_all
+from silalib.launch.progress import Progress
+from silalib.launch.ray_cluster import Ray
+from silalib.launch.workers import Job, Schedule
+from silalib.records import failure, load, state, write_failure
+from silalib.training import checkpoint, trainer
+from silalib.training.checkpoint import CHECKPOINTS
 
 PRESENT = importlib.util.find_spec("ray") is not None or "SILALIB_NEEDS_RAY" in os.environ
 needs_ray = pytest.mark.skipif(not PRESENT, reason="Ray is not installed: pip install -e '.[cluster]'")
@@ -38,46 +45,48 @@ def two_machines():
         machines.shutdown()
 
 
-@dataclass(frozen=True)
-class Watched(launch.Job):
-    """Notes every step in steps.txt beside the runs; `die` ends the worker, as a crash would, in one step of a run."""
+def on_ray(runs, train_by=None, shared=True):
+    """As `ensure` does it; train_by trains on the workers."""
+    train_all(runs, "quick", "cpu", None, None, False, False, Ray(shared=shared), train_by=train_by)
 
-    die: tuple = (None, None)
 
-    def train(self, run, stopped, tell):
-        step, notes = trainer.Training.one_step, self.folder / "steps.txt"
+def watched(folder, key, last):
+    """A training that notes every step in steps.txt and saves after it; after one step of a run, before that is saved,
+    it kills its process, as a crash would, once."""
 
-        def one_step(training, *batch):
-            with open(notes, "a") as file:
-                file.write(f"{training.run.key} {training.step}\n")
-            if (training.run.key, training.step) == self.die and not (died := self.folder / "died").exists():
-                died.touch()
+    def train(run, place, device, *, stop, progress, **how):
+        steps = [0]
+
+        def tell(**message):
+            steps[0] = message["step"] if message.get("resumed") else steps[0]
+            progress(**message)
+
+        def ask():
+            with open(folder / "steps.txt", "a") as file:
+                file.write(f"{run.key} {steps[0]}\n")
+            if (run.key, steps[0]) == (key, last) and not (sent := folder / "sent").exists():
+                sent.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            step(training, *batch)
+            steps[0] += 1
+            return stop()
 
-        trainer.Training.one_step, before = one_step, trainer.CHECKPOINT_SECONDS
-        trainer.CHECKPOINT_SECONDS = 0
-        try:
-            return super().train(run, stopped, tell)
-        finally:
-            trainer.Training.one_step, trainer.CHECKPOINT_SECONDS = step, before
+        return trainer.train(run, place, device, stop=ask, progress=tell, checkpoint_seconds=0, **how)
+
+    return train
 
 
-def watched(monkeypatch, die=(None, None)):
-    monkeypatch.setattr(launch, "Job", lambda *args, **more: Watched(*args, **more, die=die))
+def interrupting(folder):
+    """A training at whose first beginning the driver is interrupted."""
+    (folder / "sent").unlink(missing_ok=True)
 
+    def train(run, place, device, *, stop, **how):
+        if not (folder / "sent").exists():
+            (folder / "sent").touch()
+            os.kill(driver, signal.SIGINT)
+        return trainer.train(run, place, device, stop=stop, **how)
 
-def interrupt(monkeypatch):
-    """SIGINT to the driver when it hears of a run for the first time."""
-    hand_on, heard = cluster.hand_on, []
-
-    def and_interrupt(messages, progress):
-        hand_on(messages, progress)
-        if messages and not heard:
-            heard.extend(messages)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(cluster, "hand_on", and_interrupt)
+    driver = os.getpid()
+    return train
 
 
 def grid(tiny, seeds=3):
@@ -86,60 +95,68 @@ def grid(tiny, seeds=3):
 
 @needs_ray
 def test_a_killed_workers_run_is_resumed_and_nothing_trained_twice(
-    two_machines, tiny, results, monkeypatch, comparable, tmp_path, capsys
+    two_machines, tiny, results, comparable, tmp_path, capsys
 ):
-    """Its step 1 was not saved: it is begun again, all others are trained once."""
+    """The step after which it is killed was not saved: it is trained again, all others once."""
     runs = [tiny(seed=seed, epochs=2) for seed in range(3)]
-    watched(monkeypatch, die=(runs[1].key, 2))
-    records = ensure(runs, device="cpu", backend="ray")
-    assert list(records) == runs
-    folder = results / "quick" / "runs"
-    assert (folder / "died").exists()
-    steps = sorted((folder / "steps.txt").read_text().splitlines())
+    on_ray(runs, watched(tmp_path, runs[1].key, 2))
+    assert (tmp_path / "sent").exists()
+    steps = sorted((tmp_path / "steps.txt").read_text().splitlines())
     assert steps == sorted([f"{run.key} {step}" for run in runs for step in range(4)] + [f"{runs[1].key} 2"])
     printed = capsys.readouterr().err
     assert "Ray: 2 machines, 2 CPU cores, 0 GPUs" in printed
     assert f"{runs[1]}: goes on after epoch 1.0 of 2" in printed
     assert "3/3 runs, " in printed
-    assert not list(folder.glob(".driver-*"))
-    for run, record in records.items():  # and what one process gives
-        assert comparable(record) == comparable(trainer.train(run, tmp_path / run.key, "cpu"))
+    for run in runs:  # and what one process gives
+        assert comparable(load(run)) == comparable(trained(run, tmp_path / run.key))
+        assert not list(load(run).path.glob("*.pt"))
 
 
 @needs_ray
-def test_without_a_shared_folder_records_come_through_ray(
-    two_machines, tiny, results, monkeypatch, comparable, tmp_path
-):
-    monkeypatch.setattr(cluster.Path, "touch", lambda path: None)  # no worker sees the driver's mark
+def test_without_a_shared_folder_a_killed_workers_run_begins_again(two_machines, tiny, results, tmp_path, capsys):
+    run = tiny()
+    on_ray([run], watched(tmp_path, run.key, 2), shared=False)
+    steps = [int(line.split()[1]) for line in (tmp_path / "steps.txt").read_text().splitlines()]
+    assert steps == [0, 1, 2, 0, 1, 2, 3]
+    assert state(run) == "done" and "goes on" not in capsys.readouterr().err
+
+
+@needs_ray
+def test_a_damaged_record_is_trained_again_without_a_shared_folder(two_machines, tiny, results, comparable, tmp_path):
     (run,) = grid(tiny, 1)
     folder = results / "quick" / "runs" / run.key
     folder.mkdir(parents=True)
     (folder / "result.json").write_bytes(b"damaged")
-    (record,) = ensure([run], device="cpu", backend="ray").values()
-    assert record.path == folder
+    on_ray([run], shared=False)
+    assert load(run).path == folder
     assert (folder / "result.json.corrupt").read_bytes() == b"damaged"
-    assert comparable(record) == comparable(trainer.train(run, tmp_path / run.key, "cpu"))
+    assert comparable(load(run)) == comparable(trained(run, tmp_path / run.key))
 
 
 @needs_ray
 def test_a_stopped_run_brings_its_checkpoint_without_a_shared_folder(
-    two_machines, tiny, results, monkeypatch, usual_interrupt, capsys
+    two_machines, tiny, results, tmp_path, usual_interrupt, capsys
 ):
-    monkeypatch.setattr(cluster.Path, "touch", lambda path: None)
     """And goes on from the one before it where that is damaged."""
     run, steps = tiny(epochs=5000), []
     latest, previous = (results / "quick" / "runs" / run.key / name for name in CHECKPOINTS)
     for _ in range(2):
-        interrupt(monkeypatch)
         with pytest.raises(Stopped, match="1 of 1 runs left"):
-            ensure([run], device="cpu", backend="ray")
+            on_ray([run], interrupting(tmp_path), shared=False)
         assert state(run) == "started"
-        steps.append(trainer.read_checkpoint(latest, "cpu")["step"])
+        steps.append(checkpoint.read_checkpoint(latest, "cpu")["step"])
         latest.replace(previous)
         latest.write_bytes(b"damaged")
     assert 0 < steps[0] < steps[1]
-    assert latest.with_name("checkpoint.pt.corrupt").read_bytes() == b"damaged"
     assert f"{run}: goes on after epoch " in capsys.readouterr().err
+
+
+@needs_ray
+def test_a_budget_brings_checkpoints_too(two_machines, tiny, results):
+    run = tiny(epochs=10**6)
+    with pytest.raises(Stopped, match="1 of 1 runs left"):
+        train_all([run], "quick", "cpu", None, 30, False, False, Ray(shared=False))
+    assert state(run) == "started"
 
 
 @needs_ray
@@ -151,24 +168,42 @@ def test_a_failing_run_does_not_stop_the_others(two_machines, tiny, capsys):
 
 
 @needs_ray
-def test_a_failure_comes_back_without_a_shared_folder(two_machines, tiny, results, monkeypatch, capsys):
-    monkeypatch.setattr(cluster.Path, "touch", lambda path: None)
+def test_a_failure_comes_back_without_a_shared_folder(two_machines, tiny, results, capsys):
     earlier, now = tiny(lr=1e6), tiny(lr=1e7)
     (results / "quick" / "runs" / earlier.key).mkdir(parents=True)
     write_failure(results / "quick" / "runs" / earlier.key, "a bad kernel")
     with pytest.raises(UserError, match="2 of 2 runs failed"):
-        ensure([earlier, now], device="cpu", backend="ray")
+        on_ray([earlier, now], shared=False)
     assert f"{earlier} failed before: a bad kernel" in capsys.readouterr().err
     assert failure(earlier)["error"] == "a bad kernel"
     assert (failure(now)["epoch"], failure(now)["lr"]) == (1, 1e7)
 
 
 @needs_ray
-def test_a_signal_stops_the_workers(two_machines, tiny, monkeypatch, usual_interrupt, capsys):
-    interrupt(monkeypatch)
+def test_an_internal_error_on_a_worker_is_told_with_its_traceback(two_machines, tiny, results, capsys):
+    def fails(*arguments, **how):
+        raise RuntimeError("a bad kernel\nand more")
+
+    run = tiny()
+    with pytest.raises(UserError, match=r"RuntimeError: a bad kernel \(an internal error; more in "):
+        on_ray([run], fails)
+    assert "in fails" in failure(run)["traceback"] and "and more" not in capsys.readouterr().err
+
+
+@needs_ray
+def test_a_block_begun_on_another_kind_of_device_is_refused_on_the_worker(two_machines, tiny, results, capsys):
+    run = tiny()
+    job = Job(results / "quick" / "runs", "cpu", begun={run.key: ("cuda", True)})
+    schedule = Schedule([run], job, threading.Event(), Progress({run: 1.0}))
+    Ray()(schedule, 1)
+    assert f"{run}: what they are compared with was trained on cuda; use --device cuda" in str(schedule.outcomes[run])
+
+
+@needs_ray
+def test_a_signal_stops_the_workers(two_machines, tiny, tmp_path, usual_interrupt, capsys):
     runs = [tiny(seed=seed, epochs=5000) for seed in range(3)]
     with pytest.raises(Stopped, match="stopped with 3 of 3 runs left"):
-        ensure(runs, device="cpu", backend="ray")
+        on_ray(runs, interrupting(tmp_path))
     assert "started" in {state(run) for run in runs}
 
 
@@ -179,12 +214,11 @@ def test_more_gpus_than_there_are(two_machines, tiny):
 
 
 @needs_ray
-def test_no_cluster_at_the_address(monkeypatch, capsys):
-    import ray
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    assert main(["train", "fig6", "--backend", "ray", "--ray-address", "127.0.0.1:9"]) == 1
-    assert "silalib: error: no Ray cluster at 127.0.0.1:9" in capsys.readouterr().err
+def test_no_cluster_at_the_address(results):
+    command = [sys.executable, "-m", "silalib", "train", "fig6", "--backend", "ray", "--ray-address", "127.0.0.1:9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "silalib: error: no Ray cluster at 127.0.0.1:9" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(tiny, monkeypatch, capsys):

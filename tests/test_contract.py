@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from silalib.paths import ROOT
+from silalib.files import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -3,14 +3,15 @@
 import pickle
 import struct
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from silalib import data
-from silalib.augment import Normalise, crop_flip, epoch_plan, pad
-from silalib.data import DATASETS, Images, Split, balanced_order, normalisation, splits
+from silalib.data import DATASETS, DatasetSpec, Split, balanced_order, normalisation, splits
+from silalib.data.augment import Normalise, crop_flip, epoch_plan, pad
 from silalib.errors import MissingData, UserError
 
 CPU = torch.device("cpu")
@@ -49,16 +50,23 @@ def test_digits_are_the_same_at_every_load():
     assert torch.equal(first.train_images, second.train_images)
 
 
-def test_checksum_covers_pixels_and_labels(monkeypatch):
+@pytest.fixture
+def own_datasets():
+    """DATASETS, to which a test may add or change some."""
+    with mock.patch.dict(DATASETS):
+        yield DATASETS
+    data.load.cache_clear()
+
+
+def test_checksum_covers_pixels_and_labels(own_datasets):
     checksums = set()
     for changed in (None, 0, 1, 2, 3):
         arrays = [torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2).long()] * 2
         if changed is not None:
             arrays[changed] = arrays[changed] + 1
-        monkeypatch.setattr(data, "_digits", lambda size, arrays=arrays: arrays)
+        own_datasets["made up"] = DatasetSpec("made up", 2, (1, 2, 2), 2, 2, read=lambda arrays=arrays: arrays)
         data.load.cache_clear()
-        checksums.add(data.load("digits").checksum)
-    data.load.cache_clear()
+        checksums.add(data.load("made up").checksum)
     assert len(checksums) == 5
 
 
@@ -81,14 +89,14 @@ def test_missing_data_without_a_network(name, data_folder, no_network, capsys):
     assert no_network  # it was tried
 
 
-def test_fetch_looks_before_it_loads(data_folder, no_network):
-    data.fetch("digits")
+def test_download_looks_before_it_loads(data_folder, no_network):
+    data.download("digits")
     with pytest.raises(MissingData):
-        data.fetch("cifar100")
+        data.download("cifar100")
     (data_folder / DATASETS["mnist"].folder).mkdir(parents=True)
     (data_folder / DATASETS["mnist"].folder / "some-file").touch()
     tried = len(no_network)
-    data.fetch("mnist")
+    data.download("mnist")
     assert len(no_network) == tried
 
 
@@ -105,9 +113,9 @@ def test_damaged_cifar_without_a_network(data_folder, no_network, capsys):
     assert "damaged" in message
 
 
-def test_cifar_files_are_read_in_the_right_order(data_folder, monkeypatch):
+def test_cifar_files_are_read_in_the_right_order(data_folder, own_datasets, monkeypatch):
     """CIFAR's rows of 3072 bytes hold the red plane first, row by row."""
-    from silalib._torchvision import torchvision
+    from silalib.data._torchvision import torchvision
 
     rng = np.random.default_rng(0)
     rows = {"train": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "test": rng.integers(0, 256, (3, 3072), np.uint8)}
@@ -119,7 +127,7 @@ def test_cifar_files_are_read_in_the_right_order(data_folder, monkeypatch):
         (folder / split).write_bytes(pickle.dumps(content))
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
-    monkeypatch.setitem(DATASETS, "cifar100", replace(DATASETS["cifar100"], sha256=None))
+    own_datasets["cifar100"] = replace(DATASETS["cifar100"], sha256=None)
     whole = data.load("cifar100")
     assert whole.train_labels.tolist() == labels["train"]
     assert whole.test_labels.tolist() == labels["test"]
@@ -150,9 +158,9 @@ def test_what_is_not_the_published_data_is_set_aside(data_folder, no_network, ca
     assert [path.name for path in folder.parent.iterdir()].count("raw.corrupt") == 1
 
 
-def test_mnist_files_are_read(data_folder, monkeypatch):
+def test_mnist_files_are_read(data_folder, own_datasets):
     expected = write_mnist(data_folder)
-    monkeypatch.setitem(DATASETS, "mnist", replace(DATASETS["mnist"], sha256=None))
+    own_datasets["mnist"] = replace(DATASETS["mnist"], sha256=None)
     whole = data.load("mnist")
     assert whole.train_images.shape == (4, 1, 28, 28)
     assert np.array_equal(whole.train_images[:, 0], expected["train"][0])
@@ -214,12 +222,12 @@ def test_balanced_order_of_uneven_classes_is_a_permutation():
 
 
 @pytest.fixture
-def numbered(monkeypatch):
-    """In place of the digits, 200 balanced images of one pixel whose value is their number."""
+def numbered(own_datasets):
+    """The Images of a data set "numbered", 200 balanced images of one pixel whose value is their number."""
     pixels = torch.arange(200, dtype=torch.uint8).reshape(-1, 1, 1, 1)
-    whole = Images(pixels, shuffled_labels(10, 20), 255 - pixels[:50], shuffled_labels(10, 5), "checksum")
-    monkeypatch.setattr(data, "load", lambda name: whole)
-    return whole
+    arrays = pixels, shuffled_labels(10, 20), 255 - pixels[:50], shuffled_labels(10, 5)
+    own_datasets["numbered"] = DatasetSpec("numbered", 10, (1, 1, 1), 200, 50, read=lambda: arrays)
+    return data.load("numbered")
 
 
 def numbers(split):
@@ -227,8 +235,8 @@ def numbers(split):
 
 
 def test_splits_are_balanced_disjoint_and_the_same_for_every_seed(tiny, numbered):
-    parts, checksum = splits(tiny(train_size=100, holdout=50), CPU)
-    assert checksum == "checksum"
+    parts, checksum = splits(tiny(dataset="numbered", train_size=100, holdout=50), CPU)
+    assert checksum == numbered.checksum
     assert {name: len(part) for name, part in parts.items()} == {"train": 100, "holdout": 50, "test": 50}
     for name, count in [("train", 10), ("holdout", 5), ("test", 5)]:
         assert parts[name].labels.bincount().tolist() == [count] * 10
@@ -237,23 +245,23 @@ def test_splits_are_balanced_disjoint_and_the_same_for_every_seed(tiny, numbered
     for name in ("train", "holdout"):
         assert torch.equal(parts[name].labels, numbered.train_labels[numbers(parts[name])])
     assert numbers(parts["test"]) == numbered.test_images.flatten().tolist()
-    other, _ = splits(tiny(train_size=100, holdout=50, seed=5), CPU)
+    other, _ = splits(tiny(dataset="numbered", train_size=100, holdout=50, seed=5), CPU)
     assert all(numbers(other[name]) == numbers(parts[name]) for name in parts)
 
 
 @pytest.mark.parametrize("holdout", [0, 30])
 def test_a_smaller_training_set_is_part_of_a_larger_one(holdout, tiny, numbered):
-    parts = [splits(tiny(train_size=n, holdout=holdout), CPU)[0] for n in (50, 100)]
+    parts = [splits(tiny(dataset="numbered", train_size=n, holdout=holdout), CPU)[0] for n in (50, 100)]
     small, large = (set(numbers(part["train"])) for part in parts)
     assert small < large
     assert numbers(parts[0]["holdout"]) == numbers(parts[1]["holdout"])
 
 
 def test_all_that_is_not_held_out_is_trained_on(tiny, numbered):
-    parts, _ = splits(tiny(train_size=None, holdout=30), CPU)
+    parts, _ = splits(tiny(dataset="numbered", train_size=None, holdout=30), CPU)
     assert sorted(numbers(parts["train"]) + numbers(parts["holdout"])) == list(range(200))
     assert len(parts["holdout"]) == 30
-    parts, _ = splits(tiny(train_size=None), CPU)
+    parts, _ = splits(tiny(dataset="numbered", train_size=None), CPU)
     assert numbers(parts["train"]) == list(range(200))
     assert len(parts["holdout"]) == 0
 
@@ -268,13 +276,13 @@ def test_all_that_is_not_held_out_is_trained_on(tiny, numbered):
     ],
 )
 def test_too_large_a_split_is_refused(changes, tiny, numbered):
-    with pytest.raises(UserError, match="digits has 200 images") as caught:
-        splits(tiny(**changes), CPU)
+    with pytest.raises(UserError, match="numbered has 200 images") as caught:
+        splits(tiny(dataset="numbered", **changes), CPU)
     assert "\n" not in str(caught.value)
 
 
 def test_the_largest_split_is_not_refused(tiny, numbered):
-    parts, _ = splits(tiny(train_size=150, holdout=50), CPU)
+    parts, _ = splits(tiny(dataset="numbered", train_size=150, holdout=50), CPU)
     assert (len(parts["train"]), len(parts["holdout"])) == (150, 50)
 
 
@@ -363,7 +371,7 @@ def test_normalisation_and_normalise_against_numpy():
 
 
 def test_normalise_against_torchvision():
-    from silalib._torchvision import torchvision  # noqa: F401
+    from silalib.data._torchvision import torchvision  # noqa: F401
 
     v2 = pytest.importorskip("torchvision.transforms.v2")
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]

@@ -1,6 +1,7 @@
 """The pages of docs/: what they tell the reader to do is done here, and what they say is compared."""
 
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 import silalib
 from silalib.data import DATASETS
-from silalib.paths import ROOT
+from silalib.files import ROOT
 
 DOCS = ROOT / "docs"
 
@@ -158,6 +159,37 @@ def test_the_data_card_is_what_the_code_says():
     ]
     fixed = [[f"`{name}`", spec.sha256] for name, spec in DATASETS.items() if spec.sha256]
     assert table("data_card.md", "name | sha256") == fixed
+
+
+PAGES = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "data" / "README.md", *ROOT.glob("notebooks/*.ipynb")]
+
+
+@pytest.mark.parametrize("path", sorted(PAGES), ids=lambda path: path.name)
+def test_what_a_page_names_is_there(path):
+    """Files of this project, and modules with their names as Python would import them."""
+    text = path.read_text()
+    files = re.findall(r"`((?:silalib|tests|benchmarks|docs)/[\w/]+\.(?:py|sh|md))`", text)
+    made_here = {file_of(code) for _, _, code in blocks("extending.md")}
+    assert [name for name in files if not (ROOT / name).exists() and name not in made_here] == []
+    for name in re.findall(r"`silalib((?:\.\w+)+)", text) + re.findall(r"-m silalib((?:\.\w+)+)", text):
+        assert pkgutil.resolve_name(f"silalib{name}"), name
+    lines = re.findall(r"^(?: *\"?)(from silalib[\w.]* import [\w, ]+)", text, re.M)
+    for line in lines:
+        module, names = line.removeprefix("from ").split(" import ")
+        for name in re.split(r",\s*", names.strip()):
+            assert pkgutil.resolve_name(f"{module}.{name}"), line
+
+
+def test_the_architecture_shows_the_rooms_that_are_there():
+    """All rooms, and of the modules inside them only such that exist."""
+    tree = re.search(r"```\nsilalib/\n(.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)[1]
+    package, rooms = ROOT / "silalib", []
+    for indent, name in re.findall(r"^( +)([\w/]+)", tree, re.M):
+        path = package / (name if indent == "  " else f"{rooms[-1]}{name}")
+        assert path.is_dir() if name.endswith("/") else path.with_suffix(".py").is_file(), name
+        rooms += [name] if indent == "  " else []
+    found = [path for path in package.iterdir() if path.suffix == ".py" or path.name.isalpha()]
+    assert {name.strip("/") for name in rooms} == {path.stem for path in found} - {"__init__"}
 
 
 def test_nothing_is_left_out():

@@ -5,12 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import train
 
-from silalib import early_exit, experiments, trainer
-from silalib.early_exit import EarlyExit, UpTo, evaluate, exit_costs, fractions, fractions_for, leaves_at, thresholds
+from silalib import early_exit, experiments
+from silalib.analysis import tables
+from silalib.early_exit import (
+    EarlyExit,
+    TruncatedMSDNet,
+    distribution_for,
+    evaluate,
+    exit_costs,
+    exit_distribution,
+    exit_index,
+    thresholds,
+)
 from silalib.errors import UserError
 from silalib.models import EXITS, MODELS, count_macs
-from silalib.runs import load, load_network, state
+from silalib.records import load, load_network, state
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +120,7 @@ def test_thresholds_and_evaluation_are_those_of_a_plain_loop(kind, exits, n):
     for seed, q in enumerate((0.05, 0.4, 1, 2.3, 20)):
         confidence, correct = samples(kind, exits, n, seed)
         test, test_correct = samples(kind, exits, 301, 100 + seed)
-        shares = fractions(q, exits)
+        shares = exit_distribution(q, exits)
         limits = thresholds(confidence, shares)
         assert limits.tolist() == plain_thresholds(confidence.tolist(), shares.tolist())
         for c, hit in ((confidence, correct), (test, test_correct)):
@@ -124,7 +135,7 @@ def test_thresholds_and_evaluation_are_those_of_a_plain_loop(kind, exits, n):
 def test_the_asked_fractions_are_realised(shares):
     confidence, _ = samples("random", 3, 1000, 0)
     assert len(np.unique(confidence[0])) == 1000
-    left = np.bincount(leaves_at(confidence, thresholds(confidence, shares)), minlength=3)
+    left = np.bincount(exit_index(confidence, thresholds(confidence, shares)), minlength=3)
     assert left.tolist() == pytest.approx([1000 * s for s in shares], abs=1)
 
 
@@ -132,12 +143,12 @@ def test_ties_leave_together_and_later_exits_make_up_for_it():
     confidence = np.array([[0.9, 0.9, 0.9, 0.5, 0.4, 0.3], [0.1, 0.1, 0.1, 0.8, 0.7, 0.6], [0.5] * 6])
     limits = thresholds(confidence, (1 / 6, 1 / 2, 1 / 3))
     assert limits.tolist() == [0.9, 0.8, -math.inf]
-    assert leaves_at(confidence, limits).tolist() == [0, 0, 0, 1, 2, 2]
+    assert exit_index(confidence, limits).tolist() == [0, 0, 0, 1, 2, 2]
 
 
 def test_a_confidence_that_is_no_number_goes_to_the_last_exit():
     confidence = np.array([[np.nan, 0.9], [np.nan, np.nan]])
-    assert leaves_at(confidence, [0.5, -math.inf]).tolist() == [1, 0]
+    assert exit_index(confidence, [0.5, -math.inf]).tolist() == [1, 0]
 
 
 def test_no_samples_cannot_be_evaluated():
@@ -153,13 +164,13 @@ def test_shares_that_are_none_are_refused():
 
 
 def test_fractions_are_proportional_to_powers_of_q():
-    assert fractions(1, 4).tolist() == [0.25] * 4
-    assert fractions(2, 3).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
-    assert fractions(0.5, 3).tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
-    assert fractions(1e300, 7).tolist() == pytest.approx([0] * 6 + [1])
+    assert exit_distribution(1, 4).tolist() == [0.25] * 4
+    assert exit_distribution(2, 3).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert exit_distribution(0.5, 3).tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+    assert exit_distribution(1e300, 7).tolist() == pytest.approx([0] * 6 + [1])
     for q in (0, -1, math.nan, math.inf):
         with pytest.raises(UserError, match="q must be a number above 0"):
-            fractions(q, 3)
+            exit_distribution(q, 3)
 
 
 # -- budgets
@@ -168,24 +179,24 @@ def test_fractions_are_proportional_to_powers_of_q():
 def test_fractions_for_a_budget_spend_it():
     costs = [10, 15, 40, 70]
     for budget in (10, 10.0001, 12, 33.75, 60, 69.9999, 70):  # 33.75 is the mean: equal shares
-        shares = fractions_for(budget, costs)
+        shares = distribution_for(budget, costs)
         assert shares.sum() == pytest.approx(1) and shares.min() >= 0
         assert shares @ costs == pytest.approx(budget, rel=1e-6)
-    assert fractions_for(33.75, costs) == pytest.approx([0.25] * 4)
+    assert distribution_for(33.75, costs) == pytest.approx([0.25] * 4)
 
 
 def test_a_budget_a_rounding_error_away_from_a_cost():
     costs = [10.0, 15.0, 40.0, 70.0]
-    assert fractions_for(np.nextafter(10.0, 11), costs) == pytest.approx([1, 0, 0, 0])
-    assert fractions_for(np.nextafter(70.0, 69), costs) == pytest.approx([0, 0, 0, 1])
+    assert distribution_for(np.nextafter(10.0, 11), costs) == pytest.approx([1, 0, 0, 0])
+    assert distribution_for(np.nextafter(70.0, 69), costs) == pytest.approx([0, 0, 0, 1])
 
 
 def test_a_budget_outside_of_the_exits_costs():
-    assert fractions_for(1000, [10, 20, 30]).tolist() == [0, 0, 1]
-    assert fractions_for(math.inf, [10, 20, 30]).tolist() == [0, 0, 1]
+    assert distribution_for(1000, [10, 20, 30]).tolist() == [0, 0, 1]
+    assert distribution_for(math.inf, [10, 20, 30]).tolist() == [0, 0, 1]
     for budget in (9.99, 0, -1, math.nan, -math.inf):
         with pytest.raises(UserError, match="is below the first exit's cost, 10"):
-            fractions_for(budget, [10, 20, 30])
+            distribution_for(budget, [10, 20, 30])
 
 
 # -- inference that stops
@@ -196,7 +207,7 @@ def plain_early_exit(network, images, limits):
     with torch.no_grad():
         logits = torch.stack(network(images))
     confidence = logits.softmax(2).amax(2).numpy()
-    exits = leaves_at(confidence, limits)
+    exits = exit_index(confidence, limits)
     return logits[exits, torch.arange(len(images))], exits, confidence
 
 
@@ -219,7 +230,7 @@ def count_samples(modules):
 def test_early_exit_is_the_simulation_in_hindsight(network, q, batch):
     images = torch.randn(120, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     confidence = plain_early_exit(network, images, [0] * 5)[2]
-    limits = thresholds(confidence, fractions(q, 5))
+    limits = thresholds(confidence, exit_distribution(q, 5))
     logits, exits, _ = plain_early_exit(network, images, limits)
     counts, hooks = count_samples([*network.blocks, *network.classifiers])
     model = EarlyExit(network, limits)
@@ -270,7 +281,7 @@ def test_anytime_prediction_ends_at_its_exit(network):
     images = torch.randn(4, 1, 32, 32)
     for exit in range(5):
         counts, hooks = count_samples([*network.blocks, *network.classifiers])
-        logits = UpTo(network, exit)(images)
+        logits = TruncatedMSDNet(network, exit)(images)
         for hook in hooks:
             hook.remove()
         assert counts == [4 * (k <= exit) for k in range(5)] + [4 * (k == exit) for k in range(5)]
@@ -285,7 +296,7 @@ def test_what_cannot_exit_early_is_refused(network):
             EarlyExit(model, [0.5])
     for exit in (-1, 5, 9):
         with pytest.raises(UserError, match=f"exit {exit}: this network has exits 0 to 4"):
-            UpTo(network, exit)
+            TruncatedMSDNet(network, exit)
 
 
 def test_milliseconds_runs_every_image_in_its_repeats():
@@ -298,9 +309,9 @@ def test_milliseconds_runs_every_image_in_its_repeats():
 
 
 @pytest.fixture
-def budgeted_record(tiny, tmp_path, results, in_float32):
+def budgeted_record(tiny, results):
     run = tiny(nets="msdnet_budgeted", blocks=3, holdout=100, epochs=1)
-    return trainer.train(run, results / "quick" / "runs" / run.key, "cpu")
+    return train(run, results / "quick" / "runs" / run.key, bf16=False)
 
 
 def test_budgeted_curve_of_a_record(budgeted_record):
@@ -323,7 +334,7 @@ def test_budgeted_curve_of_a_record(budgeted_record):
     labels = split["test"].labels.numpy()
     for row in curve.iloc[::8].to_dict("records"):
         held, test = (probabilities[name].max(2) for name in ("holdout", "test"))
-        limits = plain_thresholds(held.tolist(), fractions(row["q"], 3).tolist())
+        limits = plain_thresholds(held.tolist(), exit_distribution(row["q"], 3).tolist())
         np.testing.assert_allclose(row["thresholds"], limits, atol=1e-5)
         correct = probabilities["test"].argmax(2) == labels
         expected = plain_evaluation(test.tolist(), correct.tolist(), limits, costs)
@@ -335,10 +346,10 @@ def test_budgeted_curve_of_a_record(budgeted_record):
 def test_real_early_exit_is_what_the_record_says(budgeted_record):
     from silalib import data
 
-    confidence, predicted, _ = early_exit.kept(budgeted_record, "test")
-    limits = thresholds(early_exit.kept(budgeted_record, "calibration")[0], fractions(1, 3))
+    confidence, predicted, _ = early_exit.exit_predictions(budgeted_record, "test")
+    limits = thresholds(early_exit.exit_predictions(budgeted_record, "calibration")[0], exit_distribution(1, 3))
     logits, left = EarlyExit(load_network(budgeted_record.run), limits)(data.load("digits").test_images)
-    exits = leaves_at(confidence, limits)
+    exits = exit_index(confidence, limits)
     near = (np.abs(confidence[:-1] - limits[:-1, None]) < 1e-5).any(0)
     assert near.sum() < 5
     assert (left.numpy() == exits)[~near].all()
@@ -357,11 +368,11 @@ def test_anytime_curve_of_a_record(budgeted_record):
 def test_the_curve_is_read_as_it_was_measured(budgeted_record):
     """To the last bit: a threshold is one of the confidences, and images at it must not change sides."""
     curve = early_exit.budgeted(budgeted_record)
-    held = early_exit.kept(budgeted_record, "calibration")[0]
-    confidence, predicted, labels = early_exit.kept(budgeted_record, "test")
+    held = early_exit.exit_predictions(budgeted_record, "calibration")[0]
+    confidence, predicted, labels = early_exit.exit_predictions(budgeted_record, "test")
     for row in curve.to_dict("records"):
-        assert row["thresholds"] == thresholds(held, fractions(row["q"], 3)).tolist()
-        exits = leaves_at(confidence, row["thresholds"])
+        assert row["thresholds"] == thresholds(held, exit_distribution(row["q"], 3)).tolist()
+        exits = exit_index(confidence, row["thresholds"])
         assert row["shares"] == (np.bincount(exits, minlength=3) / 500).tolist()
         assert row["top1"] == 100 * (predicted[exits, np.arange(500)] == labels).mean()
 
@@ -372,7 +383,7 @@ def test_without_what_it_made_of_each_image_the_curve_is_still_there(budgeted_re
     record = load(budgeted_record.run)
     assert state(record.run) == "done" and early_exit.budgeted(record).equals(curve)
     with pytest.raises(UserError, match=r"test.npz of .* was not kept: delete .* and train the run again"):
-        early_exit.kept(record, "test")
+        early_exit.exit_predictions(record, "test")
     (record.path / "test.npz").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"test\.npz is damaged"):
         load(record.run)
@@ -387,7 +398,7 @@ def test_at_costs_interpolates():
     import pandas as pd
 
     curve = pd.DataFrame({"macs": [30.0, 10.0, 20.0], "top1": [90.0, 50.0, 80.0]})
-    assert early_exit.at_costs(curve, [10, 15, 25, 30]).tolist() == [50, 65, 85, 90]
+    assert tables.at_costs(curve, [10, 15, 25, 30]).tolist() == [50, 65, 85, 90]
 
 
 def test_gains_at_equal_costs_by_hand():
@@ -398,15 +409,15 @@ def test_gains_at_equal_costs_by_hand():
     baseline = pd.DataFrame({"macs": [40, 20], "top1": [90, 50]})
     flat = pd.DataFrame({"macs": [0, 100], "top1": [40, 40]})
     higher = pd.DataFrame({"macs": [0, 100], "top1": [43, 43]})
-    gains = early_exit.gains_at_equal_costs([curve, higher], [baseline, flat], 3)
+    gains = tables.gains_at_equal_costs([curve, higher], [baseline, flat], 3)
     assert gains.tolist() == [[10, 5, 0], [3, 3, 3]]
     # a seed that reaches less moves the costs of all: 25 to 30 only
     short = pd.DataFrame({"macs": [25, 30], "top1": [40, 40]})
-    gains = early_exit.gains_at_equal_costs([curve, higher], [baseline, short], 3)
+    gains = tables.gains_at_equal_costs([curve, higher], [baseline, short], 3)
     assert gains.tolist() == [[5, 2.5, 0], [3, 3, 3]]
     apart = pd.DataFrame({"macs": [200, 300], "top1": [1, 2]})
-    assert early_exit.gains_at_equal_costs([curve], [apart], 3).shape == (0, 3)
-    assert early_exit.gains_at_equal_costs([], [], 3).shape == (0, 3)
+    assert tables.gains_at_equal_costs([curve], [apart], 3).shape == (0, 3)
+    assert tables.gains_at_equal_costs([], [], 3).shape == (0, 3)
 
 
 # -- the curves of a grid
@@ -418,7 +429,7 @@ def test_curves_of_a_grid_have_every_network_and_method():
     records = {
         run: f"{run.method} {run.seed}" for run in grid if run.n_heads == 7 and (run.method, run.seed) != ("sila", 0)
     }
-    found = early_exit.curves(grid, records, str.upper)
+    found = tables.exit_curves(grid, records, str.upper)
     assert list(found) == [("cifar100", 5), whole]
     assert found[whole] == {"ind": {0: "IND 0", 1: "IND 1"}, "sila": {1: "SILA 1"}}
     assert found["cifar100", 5] == {"ind": {}, "sila": {}}

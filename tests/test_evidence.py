@@ -2,23 +2,28 @@
 
 import json
 import math
-import os
 import subprocess
+import time
 from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
+from conftest import train
 from scipy.special import logsumexp
 
-from silalib import data, experiments, launch, metrics, runs, speed, summary, trainer
+from silalib import data, experiments, files, records
 from silalib.__main__ import main
-from silalib._torchvision import torchvision  # noqa: F401
-from silalib.augment import epoch_plan, rotate, transform
+from silalib.analysis import statistics, tables
+from silalib.data._torchvision import torchvision  # noqa: F401
+from silalib.data.augment import epoch_plan, rotate, transform
 from silalib.errors import Stopped, UserError
-from silalib.paths import ROOT
-from silalib.runs import Run, failure, load_network, state
+from silalib.files import ROOT
+from silalib.launch import ensure, estimate
+from silalib.records import failure, load_network, state
+from silalib.run import Run
+from silalib.training import checkpoint, execution, metrics, provenance, trainer
 
 CPU = torch.device("cpu")
 
@@ -39,7 +44,7 @@ def test_net1_of_inds_pair_is_the_network_trained_alone(net, changes, half, tiny
     """To the last bit, whatever the precision: weights, history, what is kept of each image, noise."""
     base = dict(method="ind", noise_images=20, noise_sigmas=2, noise_draws=2) | changes
     chosen = [tiny(nets=(net,) * n, **base) for n in (2, 1)]
-    pair, alone = (trainer.train(run, results / "quick" / "runs" / run.key, "cpu", half=half) for run in chosen)
+    pair, alone = (train(run, results / "quick" / "runs" / run.key, bf16=half) for run in chosen)
     own = pair.history[pair.history["head"] == 0]
     assert numbers(own).equals(numbers(alone.history)) and own["gap"].notna().all()
     assert pair.heads[0] == alone.heads[0] and pair.heads[1] != alone.heads[0]
@@ -90,25 +95,27 @@ def test_a_record_holds_what_its_networks_make_of_the_images(record):
 
 def test_the_provenance_says_what_machine_and_what_it_took(record):
     origin = record.result["provenance"]
-    assert (origin["kind"], origin["amx"]) == ("cpu", speed.amx())
+    assert (origin["kind"], origin["amx"]) == ("cpu", execution.amx())
     assert 0 < origin["cpu_seconds"] < 20 * (origin["seconds"] + origin["seconds_final"] + 1)
 
 
-def test_cpu_seconds_go_on_after_a_pause(tiny, tmp_path, monkeypatch):
-    """The process has used 100 s before, and uses 1 s more at every look."""
-    spent = iter(range(100, 10**6))
-    monkeypatch.setattr(trainer.time, "process_time", lambda: float(next(spent)))
+def test_cpu_seconds_go_on_after_a_pause(tiny, tmp_path):
+    """What this process had used before the run does not count; what the run used before its checkpoint does."""
     with pytest.raises(Stopped):
-        trainer.train(tiny(), tmp_path, "cpu", stop=iter([None, "now"]).__next__)
-    saved = trainer.read_checkpoint(tmp_path / "checkpoint.pt", "cpu")["cpu_seconds"]
-    assert 0 < saved < 100
-    assert saved < trainer.train(tiny(), tmp_path, "cpu").result["provenance"]["cpu_seconds"] < 100
+        train(tiny(), tmp_path, stop=iter([None, "now"]).__next__)
+    path = tmp_path / "checkpoint.pt"
+    state = checkpoint.read_checkpoint(path, "cpu")
+    assert 0 < state["cpu_seconds"] < time.process_time()
+    path.write_bytes(checkpoint.checkpoint_bytes(state | {"cpu_seconds": 1e6}))
+    began = time.process_time()
+    found = train(tiny(), tmp_path).result["provenance"]["cpu_seconds"] - 1e6
+    assert 0 <= found <= time.process_time() - began + 0.1
 
 
 def test_one_network_and_exits_have_no_ensemble(tiny, tmp_path):
     exits = dict(nets=("msdnet_anytime",), blocks=2, width=0.125)
     for name, run in (("one", tiny(nets=("convnet12",), method="ind")), ("exits", tiny(**exits))):
-        record = trainer.train(run, tmp_path / name, "cpu")
+        record = train(run, tmp_path / name)
         assert "ensemble" not in record.result and not any("ensemble" in key for key in record.test)
         assert all(
             {"ece", "temperature", "nll_scaled", "ece_scaled", "train_ece"} <= set(head) for head in record.heads
@@ -122,12 +129,12 @@ def test_a_record_without_a_field_says_so_and_is_not_changed(record):
         for name in ("ece", "temperature", "nll_scaled", "ece_scaled", "train_ece"):
             del head[name]
     del result["ensemble"]
-    runs.write_sealed(path, result)
+    files.write_sealed(path, result)
     before = path.read_bytes()
-    old = runs.load(record.run)
-    assert summary.over_seeds_of([old.heads[0].get("ece")]) == "not recorded"
-    assert summary.over_seeds_of([]) == "not run"
-    assert summary.over_seeds_of([1.0, 3.0], 1) == "2.0 ± 12.7"  # t(0.975, 1) * sqrt(2) / sqrt(2)
+    old = records.load(record.run)
+    assert statistics.over_seeds_of([old.heads[0].get("ece")]) == "not recorded"
+    assert statistics.over_seeds_of([]) == "not run"
+    assert statistics.over_seeds_of([1.0, 3.0], 1) == "2.0 ± 12.7"  # t(0.975, 1) * sqrt(2) / sqrt(2)
     assert path.read_bytes() == before
 
 
@@ -135,21 +142,19 @@ def test_a_record_without_a_field_says_so_and_is_not_changed(record):
 
 
 @pytest.fixture
-def grid(tiny, monkeypatch):
+def grid(tiny, plan, cores):
     """Three runs of one block, seed 0, and of another, seed 1: one that knows bfloat16, one that does not, one of each.
 
     On one core: two threads beside another process wait for each other."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     made = [
         tiny(nets=("resnet18",), method="ind", train_size=32),
         tiny(nets=("mobilenet",), method="ind", train_size=32),
         tiny(nets=("resnet18", "mobilenet"), train_size=32),
     ]
-    exhibit = experiments.Exhibit(
-        "Tiny", lambda profile="quick", seeds=None: [replace(r, seed=s) for s in seeds or (0, 1) for r in made], None
-    )
-    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": exhibit})
-    return exhibit.grid()
+    cores(1)
+    grid = lambda profile="quick", seeds=None: [replace(r, seed=s) for s in seeds or (0, 1) for r in made]
+    plan(grid)
+    return grid()
 
 
 def precisions(found):
@@ -161,23 +166,23 @@ def test_a_block_keeps_the_precision_of_its_first_record(half, grid, results, mo
     """MobileNet, first, tells nothing; seed 0 began in one precision, this machine would choose the other."""
     resnet, mobilenet = grid[:2]
     for run in (mobilenet, resnet):
-        trainer.train(run, results / "quick" / "runs" / run.key, "cpu", half=half)
-    monkeypatch.setattr(speed, "bfloat16_pays", lambda device: not half)
-    found = runs.ensure(grid, workers=1)
+        train(run, results / "quick" / "runs" / run.key, bf16=half)
+    monkeypatch.setattr(execution, "bfloat16_pays", lambda device: not half)
+    found = ensure.ensure(grid, workers=1)
     own = ["bfloat16" if half else "float32", "float32", "bfloat16+float32" if half else "float32"]
     other = ["float32", "float32", "float32"] if half else ["bfloat16", "float32", "bfloat16+float32"]
     assert precisions(found.values()) == own + other
-    assert summary.mixed(found) == ""  # within each seed
+    assert tables.mixed(found) == ""  # within each seed
 
 
 def test_a_block_keeps_the_precision_of_a_checkpoint(grid, results, monkeypatch):
     resnet, _, mixed, *_ = grid
     folder = results / "quick" / "runs" / resnet.key
     with pytest.raises(Stopped):
-        trainer.train(resnet, folder, "cpu", stop=lambda: "now", half=False)
-    monkeypatch.setattr(speed, "bfloat16_pays", lambda device: True)
-    assert launch.trained_alike([mixed], "quick", results / "quick" / "runs") == {mixed: ("cpu", False)}
-    assert precisions(runs.ensure([mixed, resnet], workers=1).values()) == ["float32"] * 2
+        train(resnet, folder, stop=lambda: "now", bf16=False)
+    monkeypatch.setattr(execution, "bfloat16_pays", lambda device: True)
+    assert ensure.trained_alike([mixed], "quick", results / "quick" / "runs") == {mixed: ("cpu", False)}
+    assert precisions(ensure.ensure([mixed, resnet], workers=1).values()) == ["float32"] * 2
 
 
 def test_a_checkpoint_goes_on_in_its_own_precision(tiny, tmp_path):
@@ -185,8 +190,8 @@ def test_a_checkpoint_goes_on_in_its_own_precision(tiny, tmp_path):
     for half in (False, True):
         folder = tmp_path / str(half)
         with pytest.raises(Stopped):
-            trainer.train(run, folder, "cpu", stop=iter([None, "now"]).__next__, half=half)
-        record = trainer.train(run, folder, "cpu", half=not half)
+            train(run, folder, stop=iter([None, "now"]).__next__, bf16=half)
+        record = train(run, folder, bf16=not half)
         assert precisions([record]) == ["bfloat16" if half else "float32"]
         assert "parts" not in record.result["provenance"]
 
@@ -195,9 +200,9 @@ def test_another_kind_of_device_is_refused_in_one_line(grid, results, capsys):
     """The block of seed 0 began on a GPU: nothing of it is trained on a CPU; seed 1 is."""
     resnet, *_ = grid
     folder = results / "quick" / "runs" / resnet.key
-    record = trainer.train(resnet, folder, "cpu")
+    record = train(resnet, folder)
     origin = record.result["provenance"] | {"kind": "cuda"}
-    runs.write_sealed(folder / "result.json", record.result | {"provenance": origin})
+    files.write_sealed(folder / "result.json", record.result | {"provenance": origin})
     assert main(["train", "tiny", "--device", "cpu", "--workers", "1"]) == 1
     first, *_, last = capsys.readouterr().err.splitlines()  # told before anything is trained, and at the end
     assert first.startswith("2 of 5 runs are refused on cpu: what they are compared with was trained on cuda")
@@ -207,35 +212,24 @@ def test_another_kind_of_device_is_refused_in_one_line(grid, results, capsys):
 
 def test_a_checkpoint_of_another_kind_of_device_is_refused(tiny, tmp_path):
     with pytest.raises(Stopped):
-        trainer.train(tiny(), tmp_path, "cpu", stop=lambda: "now")
+        train(tiny(), tmp_path, stop=lambda: "now")
     path = tmp_path / "checkpoint.pt"
-    saved = trainer.read_checkpoint(path, "cpu")
+    saved = checkpoint.read_checkpoint(path, "cpu")
     saved["parts"][-1]["kind"] = "cuda"
-    path.write_bytes(trainer.checkpoint_bytes(saved))
+    path.write_bytes(checkpoint.checkpoint_bytes(saved))
     with pytest.raises(UserError, match=r"was written with --device cuda: .*SILALIB_RESULTS"):
-        trainer.train(tiny(), tmp_path, "cpu")
+        train(tiny(), tmp_path)
     assert path.exists()
-
-
-def test_a_checkpoint_of_an_older_version_is_refused_in_words(tiny, tmp_path):
-    with pytest.raises(Stopped):
-        trainer.train(tiny(), tmp_path, "cpu", stop=lambda: "now")
-    path = tmp_path / "checkpoint.pt"
-    saved = trainer.read_checkpoint(path, "cpu")
-    del saved["cpu_seconds"]
-    path.write_bytes(trainer.checkpoint_bytes(saved))
-    with pytest.raises(UserError, match=r"of an older version, whose records hold less: delete it to start anew"):
-        trainer.train(tiny(), tmp_path, "cpu")
 
 
 def test_what_was_not_trained_alike_is_named(grid, results, capsys):
     folders = {run: results / "quick" / "runs" / run.key for run in grid[:3]}
-    found = {run: trainer.train(run, folder, "cpu", half=run is grid[0]) for run, folder in folders.items()}
-    assert summary.mixed(found) == "digits (8x8, enlarged), seed 0 (bfloat16 and float32)"
+    found = {run: train(run, folder, bf16=run is grid[0]) for run, folder in folders.items()}
+    assert tables.mixed(found) == "digits (8x8, enlarged), seed 0 (bfloat16 and float32)"
     assert main(["status", "tiny"]) == 0
     assert "not trained alike: digits (8x8, enlarged), seed 0 (bfloat16 and float32)" in capsys.readouterr().out
     del found[grid[0]]
-    assert summary.mixed(found) == ""
+    assert tables.mixed(found) == ""
 
 
 def test_seeds_outside_of_the_plan_are_named(grid, capsys):
@@ -254,8 +248,8 @@ def test_each_exhibit_plans_its_own_seeds(exhibit, seed, runs, capsys):
 def test_an_older_record_is_of_the_device_that_it_names(record):
     origin = record.result["provenance"]
     older = {name: value for name, value in origin.items() if name != "kind"}
-    assert runs.device_kind(older) == runs.device_kind(origin) == "cpu"
-    assert runs.device_kind(older | {"device": "NVIDIA H100 80GB HBM3"}) == "cuda"
+    assert provenance.device_kind(older) == provenance.device_kind(origin) == "cpu"
+    assert provenance.device_kind(older | {"device": "NVIDIA H100 80GB HBM3"}) == "cuda"
 
 
 def test_what_is_made_of_each_image_is_in_git_only_where_it_is_shown():
@@ -269,37 +263,32 @@ def test_what_is_made_of_each_image_is_in_git_only_where_it_is_shown():
     assert {key for key in keys if not key.startswith("tinyimagenet")} <= shown
 
 
-def test_runs_are_trained_in_their_turns(tiny, monkeypatch, results):
+def test_runs_are_trained_in_their_turns(tiny, plan):
     """Seed by seed, the longest first in each; what no profile plans comes last."""
     long, short = (tiny(epochs=n, method="ind", nets=("convnet12",)) for n in (3, 1))
-    exhibit = experiments.Exhibit("Tiny", lambda profile="quick", seeds=None: [
-        replace(run, seed=seed) for run in (short, long) for seed in seeds or (1, 0)], None)  # fmt: skip
-    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": exhibit})
-    order = []
-    monkeypatch.setattr(launch, "in_this_process", lambda here, *_: order.extend(here) or dict.fromkeys(here, "done"))
+    grid = lambda profile="quick", seeds=None: [
+        replace(run, seed=seed) for run in (short, long) for seed in seeds or (1, 0)
+    ]
+    plan(grid)
     other = replace(long, epochs=9)
-    launch.train_all([other, *exhibit.grid()], "short", "cpu", 1, None, False, False)
-    assert order == [long, short, replace(long, seed=1), replace(short, seed=1), other]
-    order.clear()
-    launch.train_all([other, *exhibit.grid()], "short", "cpu", 1, 3600, False, False)  # with a budget too
-    assert order[:2] == [long, short]
+    expected = [long, short, replace(long, seed=1), replace(short, seed=1), other]
+    assert ensure.in_turns([other, *grid()], "short") == expected
 
 
 def test_time_left_is_that_of_this_kind_of_machine(tiny, record):
     """A record of a machine like this one gives its speed; one of another kind does not."""
     run, origin = record.run, record.result["provenance"]
     longer = replace(run, epochs=3 * run.epochs)
-    assert launch.seconds_left([longer], {run: record})[longer] == pytest.approx(3 * origin["cpu_seconds"])
+    assert estimate.seconds_left([longer], {run: record})[longer] == pytest.approx(3 * origin["cpu_seconds"])
     origin["amx"] = not origin["amx"]
-    measured = launch.seconds_left([longer], {run: record})[longer]
+    measured = estimate.seconds_left([longer], {run: record})[longer]
     assert measured != pytest.approx(3 * origin["cpu_seconds"]) and 0 < measured < 600
 
 
-def test_a_run_that_diverges_keeps_the_others(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+def test_a_run_that_diverges_keeps_the_others(tiny, plan, cores, capsys):
+    cores(1)
     good, bad = tiny(), tiny(lr=1e30)
-    exhibit = experiments.Exhibit("Tiny", lambda profile="quick", seeds=None: [bad, good], None)
-    monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": exhibit})
+    plan([bad, good])
     assert main(["train", "tiny", "--workers", "1", "--device", "cpu"]) == 1
     assert [state(run) for run in (bad, good)] == ["failed", "done"]
     assert "the loss is not finite" in failure(bad)["error"]

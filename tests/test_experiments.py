@@ -2,7 +2,9 @@
 
 import pytest
 
-from silalib import experiments, summary
+from silalib import experiments
+from silalib.analysis import tables
+from silalib.analysis.tables import schedule
 from silalib.errors import UserError
 from silalib.experiments import (
     EXHIBITS,
@@ -18,7 +20,6 @@ from silalib.experiments import (
     fig6,
     fig7,
     regime,
-    schedule,
     table1,
     table2,
     table3,
@@ -28,7 +29,7 @@ from silalib.experiments import (
 )
 from silalib.losses import PAPER_METHODS
 from silalib.models import NAMES
-from silalib.runs import Run
+from silalib.run import Run
 
 
 @pytest.mark.parametrize("profile", ["quick", "short", "paper"])
@@ -46,7 +47,7 @@ def test_table1_has_every_row_of_the_paper(profile):
 def test_table2_has_every_row_of_the_paper(profile):
     grid = table2(profile, [7])
     assert len(grid) == 11 == len(set(grid))
-    assert sum(len(run.nets) for run in grid) == 22 == len(summary.reported("table2")) + 2
+    assert sum(len(run.nets) for run in grid) == 22 == len(tables.reported("table2")) + 2
     assert {run.stem for run in grid} == {"imagenet"}
 
 
@@ -57,7 +58,7 @@ def test_table2_at_the_papers_protocol():
 
 
 def test_table3_has_every_row_of_the_paper():
-    printed = summary.reported("table3")
+    printed = tables.reported("table3")
     keys = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100"}
     names = {title: net for net, title in NAMES.items()}
     expected = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fake_cuda import CASES, FAULTS
 
-from silalib.paths import ROOT
+from silalib.files import ROOT
 
 TESTS = Path(__file__).parent
 TORCH = Path(torch.__file__).parent

@@ -1,6 +1,5 @@
 """Faults, really made: killed processes, corrupted files, races, full disks, and every mistake a user can make."""
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -11,21 +10,27 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import killable
 import numpy as np
 import pytest
 import torch
+from conftest import train
 from test_data import write_mnist
-from test_folders import in_this_process, tree  # noqa: F401
 
-from silalib import data, experiments, launch, report, runs, trainer
+from silalib import data, experiments, files, records
 from silalib.__main__ import main
+from silalib.analysis import tables
 from silalib.data import DATASETS
-from silalib.errors import Damaged, MissingData, NoRoom, Stopped, UserError
+from silalib.errors import CorruptFile, MissingData, NoRoom, Stopped, UserError
+from silalib.files import ROOT, quarantine
+from silalib.launch.ensure import ensure, train_all
 from silalib.losses import siamese_labels
-from silalib.paths import ROOT
-from silalib.runs import Run, damage, ensure, failure, find, load_folder, set_aside, state
+from silalib.records import damage, failure, find, folders, load_folder, state, write_record
+from silalib.report import pages
+from silalib.run import Run
+from silalib.training import checkpoint, trainer
 
 SEED = random.randrange(2**32)
 """Other faults at every run of the tests; a failure shows it."""
@@ -59,7 +64,7 @@ def processes():
 
 
 def steps(log):
-    """The steps that processes have begun, as (seed, step)."""
+    """The steps that processes have done, as (seed, step)."""
     return [tuple(map(int, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
 
 
@@ -80,24 +85,26 @@ CHANGES = {"epochs": 3, "augment": "crop+flip"}
 def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_been(
     kills, processes, tiny, comparable, tmp_path, counts, capsys
 ):
-    whole = comparable(trainer.train(tiny(**CHANGES), tmp_path / "whole", "cpu"))
+    whole = comparable(train(tiny(**CHANGES), tmp_path / "whole"))
     began = time.monotonic()
     processes(killable.train, tmp_path / "timed", tmp_path / "timed.log", CHANGES).join()
     seconds, chance, survived, attempt = time.monotonic() - began, random.Random(SEED), 0, 0
     while survived < kills:
         folder, log, attempt = tmp_path / f"run{attempt}", tmp_path / f"run{attempt}.log", attempt + 1
         while True:
-            saved = [trainer.read_checkpoint(folder / n, "cpu") for n in runs.CHECKPOINTS if (folder / n).exists()]
+            saved = [
+                checkpoint.read_checkpoint(folder / n, "cpu") for n in checkpoint.CHECKPOINTS if (folder / n).exists()
+            ]
             saved = saved[0]["step"] if saved else 0
             before = len(steps(log))
-            assert before == 0 or saved >= steps(log)[-1][1]  # no more is lost than the step that was in progress
+            assert before == 0 or saved >= steps(log)[-1][1]  # no more is lost than the last step
             process = processes(killable.train, folder, log, CHANGES)
             end = survived >= kills
             process.join(None if end else chance.uniform(0, seconds))
             process.kill()
             process.join()
-            begun = [step for _, step in steps(log)[before:]]
-            assert begun == list(range(saved, saved + len(begun))), SEED  # only what is left
+            done = [step for _, step in steps(log)[before:]]
+            assert done == list(range(saved, saved + len(done))), SEED  # only what is left
             if process.exitcode != 0:
                 assert process.exitcode == -signal.SIGKILL
                 survived += 1
@@ -105,7 +112,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_been(
             if (folder / "result.json").exists():
                 break
         assert comparable(load_folder(tiny(**CHANGES), folder)) == whole, SEED
-        with runs.lock(folder, wait=lambda: False):  # which removes what a killed process was writing
+        with records.lock(folder):  # which removes what a killed process was writing
             assert not list(folder.glob(".*.tmp"))
 
 
@@ -120,8 +127,8 @@ def test_a_signal_stops_the_command_with_75(number, processes, tmp_path, capsys)
     error = Path(f"{log}.err").read_text()
     assert process.exitcode == 75
     assert "stopped with 3 of 3 runs left; start again to go on" in error and "Traceback" not in error
-    (checkpoint,) = results.rglob("checkpoint.pt")
-    assert trainer.read_checkpoint(checkpoint, "cpu")["step"] == steps(log)[-1][1] + 1
+    (path,) = results.rglob("checkpoint.pt")
+    assert checkpoint.read_checkpoint(path, "cpu")["step"] == steps(log)[-1][1] + 1
 
 
 @pytest.mark.slow
@@ -148,8 +155,8 @@ def test_two_processes_train_each_run_once(processes, tmp_path, results, capsys)
     for process in racing:
         process.join()
     assert [process.exitcode for process in racing] == [0, 0]
-    begun = [entry for log in logs for entry in steps(log)]
-    assert sorted(begun) == [(seed, step) for seed in range(3) for step in range(4)]
+    done = [entry for log in logs for entry in steps(log)]
+    assert sorted(done) == [(seed, step) for seed in range(3) for step in range(4)]
     assert len(list(results.rglob("result.json"))) == 3
 
 
@@ -158,12 +165,12 @@ def test_the_lock_of_a_dead_process_is_free(processes, tiny, results):
     folder = results / "quick" / "runs" / run.key
     process = processes(killable.hold, folder, ready)
     assert ready.wait(120) and state(run) == "running"
-    with pytest.raises(Stopped), runs.lock(folder, wait=lambda: False):
+    with pytest.raises(Stopped), records.lock(folder):
         pass
     (folder / ".checkpoint.pt.1.tmp").write_bytes(b"half")
     process.kill()
     process.join()
-    with runs.lock(folder, wait=lambda: False):
+    with records.lock(folder):
         assert not (folder / ".checkpoint.pt.1.tmp").exists()
     assert state(run) == "pending"
 
@@ -188,10 +195,10 @@ def test_a_full_disk_stops_all_with_one_line_and_leaves_what_was_there(
         "Traceback" not in error and error.count("make room and start again to go on") == 2
     )  # as it fails, at the end
     assert error.splitlines()[-1].startswith("silalib: error: 1 of 3 runs failed, the first: cannot write")
-    assert steps(log) == [(0, 3)]  # nothing else was begun
+    assert steps(log) == [(0, 3)]  # nothing else was trained
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert not list(results.rglob("*.tmp"))
-    assert comparable(trainer.train(run, folder, "cpu")) == comparable(trainer.train(run, tmp_path / "whole", "cpu"))
+    assert comparable(train(run, folder)) == comparable(train(run, tmp_path / "whole"))
 
 
 # -- corruption
@@ -216,14 +223,14 @@ def corrupted(content, chance):
             return bytes(changed)
 
 
-def refused(error, kind=Damaged):
+def refused(error, kind=CorruptFile):
     assert isinstance(error, kind), error
     assert "\n" not in str(error)
     return True
 
 
 @pytest.fixture
-def corruptible(record, tree, data_folder, in_this_process, no_network, tmp_path, monkeypatch, capsys):  # noqa: F811
+def corruptible(record, data_folder, no_network, tmp_path, monkeypatch, capsys):
     """Name of a file -> (its path, what finds the damage), for every kind of file that is loaded."""
 
     def of_record():
@@ -235,25 +242,14 @@ def corruptible(record, tree, data_folder, in_this_process, no_network, tmp_path
 
     with pytest.raises(Stopped):
         trainer.train(record.run, tmp_path / "started", "cpu", stop=lambda: "now")
-    checkpoint = tmp_path / "started" / "checkpoint.pt"
+    started = tmp_path / "started" / "checkpoint.pt"
 
     def of_checkpoint():
-        with pytest.raises(Damaged) as caught:
-            trainer.read_checkpoint(checkpoint, "cpu")
+        with pytest.raises(CorruptFile) as caught:
+            checkpoint.read_checkpoint(started, "cpu")
         return refused(caught.value)
 
-    kinds["checkpoint.pt"] = (checkpoint, of_checkpoint)
-
-    data.prepare("insects", tree, 12)
-
-    def of_folder():
-        data.load.cache_clear()
-        with pytest.raises(Damaged) as caught:
-            data.load("insects")
-        return refused(caught.value)
-
-    for name in ("train.npy", "train_labels.npy", "test.npy", "test_labels.npy", "dataset.json", "dataset.sha256"):
-        kinds[name] = (data_folder / "insects" / name, of_folder)
+    kinds["checkpoint.pt"] = (started, of_checkpoint)
 
     write_mnist(data_folder)
     write_cifar(data_folder, monkeypatch)
@@ -279,7 +275,7 @@ def write_cifar(data_folder, monkeypatch):
     """Made-up files in CIFAR-100's format, with their MD5s in place of the published ones."""
     from hashlib import md5
 
-    from silalib._torchvision import torchvision
+    from silalib.data._torchvision import torchvision
 
     folder, made = data_folder / DATASETS["cifar100"].folder, torchvision.datasets.CIFAR100
     folder.mkdir(parents=True)
@@ -299,7 +295,7 @@ def write_cifar(data_folder, monkeypatch):
 
 @pytest.mark.parametrize("each", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_corruption_is_found_in_every_kind_of_file(each, corruptible, counts, capsys):
-    assert len(corruptible) > 20
+    assert len(corruptible) > 14
     chance = random.Random(SEED)
     for name, (path, found) in corruptible.items():
         good = path.read_bytes()
@@ -314,7 +310,7 @@ def test_what_is_damaged_is_set_aside_and_the_run_unfinished(record):
     for name in (*record.result["files"], "result.json", "result.sha256"):
         good = {path.name: path.read_bytes() for path in record.path.iterdir()}
         (record.path / name).write_bytes(b"")
-        set_aside(damage(record.run))
+        quarantine(damage(record.run))
         assert find(record.run) is None and (record.path / f"{name}.corrupt").read_bytes() == b""
         for left in record.path.glob("*.corrupt"):
             left.unlink()
@@ -334,34 +330,37 @@ def test_a_damaged_page_counts_as_not_built(content, results):
     folder = results / "quick" / "report"
     folder.mkdir(parents=True)
     (folder / "01_table1_cifar100.html").write_bytes(content)
-    report.write_index("quick")
+    pages.Report("quick").write_index()
     assert "has not been built" in (folder / "01_table1_cifar100.html").read_text()
 
 
 def test_errors_come_back_from_a_worker_process(tiny, tmp_path):
-    for error in (Damaged(tmp_path, "mend it"), trainer.Diverged(tiny(), 1, 2, 0.1), NoRoom("full"), Stopped("now")):
+    for error in (
+        CorruptFile(tmp_path, "mend it"),
+        trainer.Diverged(tiny(), 1, 2, 0.1),
+        NoRoom("full"),
+        Stopped("now"),
+    ):
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is type(error) and str(again) == str(error)
         assert again._render_traceback_() == [f"{type(error).__name__}: {error}"]
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_a_damaged_checkpoint_leaves_the_one_before_it(both, tiny, comparable, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", -1)
+def test_a_damaged_checkpoint_leaves_the_one_before_it(both, tiny, comparable, tmp_path):
     run, folder, asked = tiny(epochs=3), tmp_path / "run", iter(range(9))
     with pytest.raises(Stopped):
-        trainer.train(run, folder, "cpu", stop=lambda: next(asked) == 4)
-    damaged = [folder / name for name in runs.CHECKPOINTS[: 1 + both]]
+        trainer.train(run, folder, "cpu", stop=lambda: next(asked) == 4, checkpoint_seconds=-1)
+    damaged = [folder / name for name in checkpoint.CHECKPOINTS[: 1 + both]]
     for path in damaged:
         path.write_bytes(corrupted(path.read_bytes(), random.Random(SEED)))
-    begun, said = [], []
-    one_step = trainer.Training.one_step
-    monkeypatch.setattr(trainer.Training, "one_step", lambda self, *b: (begun.append(self.step), one_step(self, *b)))
-    record = trainer.train(run, folder, "cpu", progress=lambda text=None, **_: said.append(text))
-    assert begun == list(range(0 if both else 4, 6))
+    done, said = [], []
+    noted = killable.noting(lambda run, step: done.append(step))
+    record = write_record(run, folder, *noted(run, folder, "cpu", progress=lambda text=None, **_: said.append(text)))
+    assert done == list(range(0 if both else 4, 6))
     assert [path.with_name(f"{path.name}.corrupt").exists() for path in damaged] == [True] * len(damaged)
     assert len([text for text in said if text]) == len(damaged)
-    assert comparable(record) == comparable(trainer.train(run, tmp_path / "whole", "cpu"))
+    assert comparable(record) == comparable(train(run, tmp_path / "whole"))
 
 
 def test_nothing_that_is_loaded_can_execute_code(record, data_folder, no_network, tmp_path, capsys):
@@ -375,27 +374,27 @@ def test_nothing_that_is_loaded_can_execute_code(record, data_folder, no_network
         (folder / name).write_bytes(pickle.dumps({"data": Harm()}))
     with pytest.raises(MissingData):
         data.load("cifar100")
-    checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes(trainer.checkpoint_bytes({"step": Harm()}))  # with the right checksum
-    with pytest.raises(Damaged):
-        trainer.read_checkpoint(checkpoint, "cpu")
-    arrays = runs.to_npz({"labels": np.array([Harm()], dtype=object)})
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(checkpoint.checkpoint_bytes({"step": Harm()}))  # with the right checksum
+    with pytest.raises(CorruptFile):
+        checkpoint.read_checkpoint(path, "cpu")
+    arrays = files.to_npz({"labels": np.array([Harm()], dtype=object)})
     (record.path / "test.npz").write_bytes(arrays)
-    record.result["files"]["test.npz"] = runs.sha256(arrays)
+    record.result["files"]["test.npz"] = files.sha256(arrays)
     with pytest.raises(ValueError, match="allow_pickle"):
         record.test  # noqa: B018
     assert not (tmp_path / "harmed").exists()
 
 
-def test_other_data_are_refused(record, tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(DATASETS, "digits", replace(DATASETS["digits"], sha256="0" * 64))
-    with pytest.raises(UserError, match="was trained on other data than digits is here: move it away"):
-        runs.load(record.run)
-    monkeypatch.undo()
+def test_other_data_are_refused(record, tiny, tmp_path):
+    with mock.patch.dict(DATASETS, digits=replace(DATASETS["digits"], sha256="0" * 64)):
+        with pytest.raises(UserError, match="was trained on other data than digits is here: move it away"):
+            records.load(record.run)
     with pytest.raises(Stopped):
         trainer.train(tiny(), tmp_path, "cpu", stop=lambda: "now")
-    parts = data.splits(tiny(), torch.device("cpu"))[0]
-    monkeypatch.setattr(data, "splits", lambda *_: (parts, "0" * 64))
+    path = tmp_path / "checkpoint.pt"
+    saved = checkpoint.read_checkpoint(path, "cpu") | {"data_sha256": "0" * 64}
+    path.write_bytes(checkpoint.checkpoint_bytes(saved))
     with pytest.raises(UserError, match="was trained on other data than digits is here: delete it"):
         trainer.train(tiny(), tmp_path, "cpu")
 
@@ -403,11 +402,11 @@ def test_other_data_are_refused(record, tiny, tmp_path, monkeypatch):
 def test_a_record_without_its_own_checksum_is_of_an_earlier_time(record):
     """Then only the checksums that it has are compared; where they are, they hold for run.json too."""
     path = record.path / "result.json"
-    files = {name: sum for name, sum in record.result["files"].items() if name != "run.json"}
-    path.write_bytes(runs.to_json(record.result | {"files": files}))
+    sums = {name: sum for name, sum in record.result["files"].items() if name != "run.json"}
+    path.write_bytes(files.to_json(record.result | {"files": sums}))
     (record.path / "result.sha256").unlink()
     assert state(record.run) == "done"
-    sums = "".join(f"{runs.sha256((record.path / n).read_bytes())}  {n}\n" for n in ("run.json", "result.json"))
+    sums = "".join(f"{files.sha256((record.path / n).read_bytes())}  {n}\n" for n in ("run.json", "result.json"))
     (record.path / "result.sha256").write_text(sums)
     assert state(record.run) == "done"
     for name in ("run.json", "result.json"):
@@ -417,33 +416,37 @@ def test_a_record_without_its_own_checksum_is_of_an_earlier_time(record):
         (record.path / name).write_bytes(good)
 
 
-def test_a_run_that_goes_on_elsewhere_says_where_it_was(tiny, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_elsewhere_says_where_it_was(tiny, tmp_path):
     with pytest.raises(Stopped):
         trainer.train(tiny(), tmp_path, "cpu", stop=iter([None, "now"]).__next__)
-    monkeypatch.setattr(trainer, "processor", lambda: "another one")
-    provenance = trainer.train(tiny(), tmp_path, "cpu").result["provenance"]
+    path = tmp_path / "checkpoint.pt"
+    state = checkpoint.read_checkpoint(path, "cpu")
+    state["parts"][0]["device"] = "another one (AVX)"
+    path.write_bytes(checkpoint.checkpoint_bytes(state))
+    provenance = train(tiny(), tmp_path).result["provenance"]
     assert [part["from_step"] for part in provenance["parts"]] == [0, 2]
-    assert provenance["device"] == provenance["parts"][1]["device"] == "another one" != provenance["parts"][0]["device"]
+    assert provenance["device"] == provenance["parts"][1]["device"] != "another one (AVX)"
+    assert provenance["parts"][0]["device"] == "another one (AVX)"
 
 
 # -- runs that fail
 
 
 @pytest.fixture
-def exhibit(tiny, monkeypatch):
+def exhibit(tiny, plan, cores):
     """An exhibit of two seeds, in this process, on one core; exhibit(**changes of both)."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    cores(1)
 
     def make(**changes):
         grid = lambda profile="quick", seeds=None: [tiny(**changes | {"seed": seed}) for seed in seeds or (0, 1)]
-        monkeypatch.setattr(experiments, "EXHIBITS", {"tiny": experiments.Exhibit("Tiny", grid, "00_tiny")})
+        plan(grid)
+        experiments.EXHIBITS["tiny"] = replace(experiments.EXHIBITS["tiny"], notebook="00_tiny")
         return grid()
 
     return make
 
 
 def test_a_run_that_diverged_is_shown_with_epoch_step_and_rate(tiny, exhibit, capsys):
-    from silalib import summary
 
     bad, good = exhibit(lr=1e6)[0], tiny(method="ind", nets=("convnet12",))
     assert main(["train", "tiny", "--workers", "1"]) == 1
@@ -453,47 +456,50 @@ def test_a_run_that_diverged_is_shown_with_epoch_step_and_rate(tiny, exhibit, ca
     capsys.readouterr()
     assert main(["status", "tiny"]) == 0
     assert f"not finite in {where} (--retry trains it again)" in capsys.readouterr().out
-    frame = summary.over_seeds(summary.cells([bad, good], {}, ["top1"]))
-    table = summary.comparison(frame, ["top1"]).to_string()
+    frame = tables.over_seeds(tables.cells([bad, good], {}, ["top1"]))
+    table = tables.comparison(frame, ["top1"]).to_string()
     assert table.count(f"(seed 0 failed: {where})") == 2 and table.count("not run") == 1  # two networks, and `good`
     assert main(["train", "tiny", "--workers", "1"]) == 1
     assert "failed before" in capsys.readouterr().err
-    (find_folder := launch.runs.folders(bad)[0] / "failed.json").write_bytes(b"{")
-    assert "is damaged" in failure(bad)["error"] and find_folder.exists()
+    (path := folders(bad)[0] / "failed.json").write_bytes(b"{")
+    assert "is damaged" in failure(bad)["error"] and path.exists()
 
 
-def test_any_error_of_a_run_ends_that_run_alone(exhibit, monkeypatch, capsys):
-    grid, real = exhibit(), trainer.train
+def train_by(function, runs):
+    """As `ensure` trains them, in this process, with another training."""
+    train_all(runs, "quick", "cpu", 1, None, False, False, train_by=function)
 
+
+def test_any_error_of_a_run_ends_that_run_alone(exhibit, capsys):
     def fail(run, *rest, **more):
         if run.seed == 0:
             raise RuntimeError("a bad kernel\nand more")
-        return real(run, *rest, **more)
+        return trainer.train(run, *rest, **more)
 
-    monkeypatch.setattr(trainer, "train", fail)
-    assert main(["train", "tiny", "--workers", "1"]) == 1
+    grid = exhibit()
+    with pytest.raises(
+        UserError, match=r"1 of 2 runs failed, the first: .* RuntimeError: a bad kernel \(an internal err"
+    ):
+        train_by(fail, grid)
     assert [state(run) for run in grid] == ["failed", "done"]
     error = capsys.readouterr().err
-    assert "RuntimeError: a bad kernel (an error" in error and "and more" not in error and "Traceback" not in error
+    assert "RuntimeError: a bad kernel" in error and "and more" not in error and "Traceback" not in error
     assert "in fail" in failure(grid[0])["traceback"]
-    monkeypatch.setattr(trainer, "train", real)
     assert main(["train", "tiny", "--workers", "1", "--retry"]) == 0
 
 
-def test_out_of_gpu_memory_names_the_batch_size(exhibit, monkeypatch, capsys):
+def test_out_of_gpu_memory_names_the_batch_size(exhibit, capsys):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
 
-    exhibit()
-    monkeypatch.setattr(trainer, "train", fail)
-    assert main(["train", "tiny", "--workers", "1"]) == 1
-    assert "out of GPU memory at batch size 32: use fewer --workers or --device cpu" in capsys.readouterr().err
+    with pytest.raises(UserError, match="out of GPU memory at batch size 32: use fewer --workers or --device cpu"):
+        train_by(fail, exhibit())
 
 
 def test_without_training_a_damaged_record_is_told_by_the_exit_status(exhibit, monkeypatch, capsys):
     (run, _) = exhibit()
     assert main(["train", "tiny", "--workers", "1"]) == 0
-    monkeypatch.setattr(report, "build", lambda *_, **__: 0)
+    monkeypatch.setattr(pages, "build", lambda *_, **__: 0)
     assert main(["report", "tiny", "--no-train"]) == 0
     (find(run) / "test.npz").write_bytes(b"")
     capsys.readouterr()
@@ -507,23 +513,21 @@ def test_without_training_a_damaged_record_is_told_by_the_exit_status(exhibit, m
 
 
 @pytest.mark.slow
-def test_a_kernel_that_dies_is_a_failed_page_and_the_rest_is_built(results, tmp_path, monkeypatch, capsys):
+def test_a_kernel_that_dies_is_a_failed_page_and_the_rest_is_built(results, tmp_path, capsys):
     from nbformat import v4, write
 
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    names = [("00_dies", "import os\nos.kill(os.getpid(), 9)"), ("01_lives", "print(6 * 7)")]
+    names = [("00_siamese_labels", "import os\nos.kill(os.getpid(), 9)"), ("09_claims", "print(6 * 7)")]
     for stem, source in names:
         parameters = 'profile = "quick"\nseeds = None\ndevice = "auto"\nworkers = None\ntrain = True'
         cells = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), v4.new_code_cell(source)]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{stem}.ipynb")
-    monkeypatch.setattr(report, "FOLDER", folder)
-    monkeypatch.setattr(report, "NOTEBOOKS", {stem: (stem, ()) for stem, _ in names})
-    assert report.build("quick", train=False) == 1
-    pages = {stem: (results / "quick" / "report" / f"{stem}.html").read_text() for stem, _ in names}
-    assert "could not be built" in pages["00_dies"] and "DeadKernelError" in pages["00_dies"]
-    assert "42" in pages["01_lives"] and "could not be built" not in pages["01_lives"]
+    assert pages.build("quick", train=False, folder=folder, exhibits={}) == 1
+    dead, alive = ((results / "quick" / "report" / f"{stem}.html").read_text() for stem, _ in names)
+    assert "could not be built" in dead and "DeadKernelError" in dead
+    assert "42" in alive and "could not be built" not in alive
     assert "DeadKernelError" in (results / "quick" / "report" / "index.html").read_text()
 
 
@@ -608,23 +612,6 @@ def test_bad_values_are_one_line(case, tiny, counts, capsys):
     counts["inputs refused"] += 1
 
 
-def test_labels_out_of_range_are_refused(tree, data_folder, in_this_process, counts):  # noqa: F811
-    data.prepare("insects", tree, 12)
-    folder = data_folder / "insects"
-    path = folder / "train_labels.npy"
-    for wrong in (-1, 99):
-        labels = np.load(path)
-        labels[0] = wrong
-        path.write_bytes(runs.to_npy(labels))
-        description = json.loads((folder / "dataset.json").read_bytes())
-        description["files"]["train_labels.npy"] = runs.sha256(path.read_bytes())
-        runs.write_sealed(folder / "dataset.json", description)
-        data.load.cache_clear()
-        with pytest.raises(UserError, match=r"has labels outside of 0 to \d+: prepare it again"):
-            data.load("insects")
-        counts["inputs refused"] += 1
-
-
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
 def test_a_read_only_results_folder_is_one_line(exhibit, monkeypatch, counts, capsys):
     exhibit()
@@ -641,7 +628,7 @@ def test_the_records_of_this_project_are_what_was_written():
     sealed = list(ROOT.glob("results/*/runs/*/result.sha256"))
     assert sealed
     for path in sealed:
-        result = runs.read_sealed(path.with_name("result.json"))
+        result = files.read_sealed(path.with_name("result.json"), "mend it")
         left_out = {"weights.safetensors"} | ({"test.npz"} if "msdnet" in path.parent.name else set())
         for name in set(result["files"]) - left_out:
-            assert runs.sha256(path.with_name(name).read_bytes()) == result["files"][name]
+            assert files.sha256(path.with_name(name).read_bytes()) == result["files"][name]

@@ -8,8 +8,9 @@ import tarfile
 
 import pytest
 
-from silalib.paths import ROOT
-from silalib.runs import Run, load
+from silalib.files import ROOT
+from silalib.records import load
+from silalib.run import Run
 
 
 def script(*arguments, folder, **environment):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import silalib
 from silalib.losses import (
-    COUPLED_BY_S,
     LABELS,
     METHODS,
     PAPER_METHODS,
@@ -25,6 +24,7 @@ from silalib.losses import (
     siamese_mutual_learning,
     zero_peer,
 )
+from silalib.training.network_parallel import COUPLED_BY_S
 
 B, N = 6, 5
 

@@ -10,12 +10,12 @@ from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from silalib import metrics
-from silalib.metrics import (
+from silalib.analysis.statistics import mcnemar
+from silalib.training import metrics
+from silalib.training.metrics import (
     TEMPERATURES,
     best_temperature,
     calibration,
-    compare,
     cross_entropy,
     ece,
     ensemble,
@@ -138,12 +138,12 @@ def test_more_bins_than_images():
         assert expected_calibration_error([0.3, 0.9], [0, 1], 15, mass) == pytest.approx(100 * (0.3 + 0.1) / 2)
 
 
-def test_compare_by_hand():
+def test_mcnemar_by_hand():
     # two fixed and none broken: both sides of a fair coin thrown twice, 2 * 1/4
-    assert compare([1, 1, 1, 0], [0, 0, 1, 0]) == (2, 0, 0.5)
+    assert mcnemar([1, 1, 1, 0], [0, 0, 1, 0]) == (2, 0, 0.5)
     # five fixed, one broken: 2 * (1 + 6) / 64
-    assert compare([1] * 5 + [0], [0] * 5 + [1]) == (5, 1, pytest.approx(14 / 64))
-    assert compare([1, 0], [1, 0]) == (0, 0, 1.0)
+    assert mcnemar([1] * 5 + [0], [0] * 5 + [1]) == (5, 1, pytest.approx(14 / 64))
+    assert mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
 
 
 # -- temperature scaling and ensembles, computed a second time with NumPy and SciPy

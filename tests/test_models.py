@@ -119,7 +119,7 @@ def assert_same_logits(ours, theirs, size):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34"])
 def test_resnet_is_torchvisions_with_another_stem(name):
-    from silalib._torchvision import torchvision
+    from silalib.data._torchvision import torchvision
 
     theirs = getattr(torchvision.models, name)(num_classes=10)
     theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
@@ -129,14 +129,14 @@ def test_resnet_is_torchvisions_with_another_stem(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34"])
 def test_resnet_with_the_imagenet_stem_is_torchvisions(name):
-    from silalib._torchvision import torchvision
+    from silalib.data._torchvision import torchvision
 
     theirs = getattr(torchvision.models, name)(num_classes=10)
     assert_same_logits(MODELS[name](10, stem="imagenet"), theirs, size=64)
 
 
 def test_densenet_is_torchvisions_with_another_stem():
-    from silalib._torchvision import torchvision
+    from silalib.data._torchvision import torchvision
 
     theirs = torchvision.models.densenet121(num_classes=10)
     theirs.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -173,7 +173,7 @@ def test_wrn_is_a_residual_network_with_preactivation():
 
 @pytest.mark.parametrize("name", ["vgg13", "vgg19"])
 def test_vgg_is_torchvisions_with_another_head(name):
-    from silalib._torchvision import torchvision
+    from silalib.data._torchvision import torchvision
 
     theirs = getattr(torchvision.models, f"{name}_bn")(num_classes=10, init_weights=False)
     theirs.avgpool = nn.Identity()

@@ -8,9 +8,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from test_tables import made_up
 
 import silalib
-from silalib import plots
+from silalib.analysis import plots, tables
+from silalib.experiments import table3
 
 AWKWARD = ["50% ± 1.5", "a_b_c *x*", "R&D #1 $2 {x}", "a|b <b>", r"c:\d ~ ^2 `e`"]
 
@@ -23,6 +25,14 @@ def style():
     with matplotlib.rc_context():
         plots.use_style()
         yield
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is displayed, the last one at the end."""
+    displayed = []
+    monkeypatch.setattr("IPython.display.display", displayed.append)
+    return displayed
 
 
 def scatter(points=2000):
@@ -76,9 +86,7 @@ def test_a_figure_of_records_says_where_they_come_from(record, results):
     assert json.loads(saved(results / "quick" / "figures", "schematic")[".json"])["runs"] == []
 
 
-def test_what_is_not_run_is_words_and_no_empty_figure(results, monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+def test_what_is_not_run_is_words_and_no_empty_figure(results, shown):
     fig, axes = plots.plt.subplots(1, 3, sharey=True)
     axes[1].plot([1, 2], [np.nan, np.nan])
     axes[2].axhline(0)
@@ -103,9 +111,7 @@ def test_tables_are_saved_for_others(record, results):
     assert [run["key"] for run in json.loads(files[".json"])["runs"]] == [record.run.key]
 
 
-def test_columns_of_words_are_set_to_the_left(results, monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+def test_columns_of_words_are_set_to_the_left(results, shown):
     frame = pd.DataFrame([["IND", "1.0 ± 0.1", 3]])
     frame.columns = pd.MultiIndex.from_tuples([("", "method"), ("top-1", "ours"), ("top-1", "seeds")])
     plots.show_table(frame, "words", "paper", "A caption")
@@ -127,9 +133,19 @@ def test_latex_escapes_what_has_a_meaning_there():
     lines = plots.latex(frame, "100% of a_b").splitlines()
     assert r"\caption{100\% of a\_b}" in lines
     assert r"share, \% & n\_1 & b & c & d \\" in lines
-    cells = [r"50\% $\pm$ 1.5", r"a\_b\_c *x*", r"R\&D \#1 \$2 \{x\}", r"a\textbar{}b \textless{}b\textgreater{}"]
-    assert " & ".join([*cells, r"c:\textbackslash{}d \textasciitilde{} \textasciicircum{}2 `e` \\"]) in lines
+    cells = [r"50\% ± 1.5", r"a\_b\_c *x*", r"R\&D \#1 \$2 \{x\}", "a|b <b>"]
+    assert " & ".join([*cells, r"c:\textbackslash d \textasciitilde \space \textasciicircum 2 `e` \\"]) in lines
     assert r"0 & 1 & 2 & 3 & 4 \\" in lines
+
+
+def test_html_shows_every_character(results, shown):
+    from bs4 import BeautifulSoup
+
+    frame = pd.DataFrame([AWKWARD], columns=[f"{name} <i>" for name in "abcde"])
+    plots.show_table(frame, "awkward", "paper", "5 < 6 & <b>")
+    table = BeautifulSoup(shown.pop().data, "html.parser").table
+    assert [cell.get_text() for cell in table.find_all(["th", "td"])] == [*frame.columns, *AWKWARD]
+    assert table.caption.get_text() == "5 < 6 & <b>"
 
 
 def test_headers_of_two_levels():
@@ -138,3 +154,37 @@ def test_headers_of_two_levels():
     assert plots.markdown(frame).splitlines()[0] == "| Method | Top-1 ours | Top-1 paper |"
     lines = plots.latex(frame, "").splitlines()
     assert r" & \multicolumn{2}{c}{Top-1} \\" in lines and r"Method & ours & paper \\" in lines
+
+
+def test_one_seed_is_drawn_without_a_bar():
+    for seeds, title in (([0], ", 1 seed"), ([0, 1], ", 2 seeds")):
+        grid = table3("paper", seeds)
+        records = made_up(grid, lambda run, head: 50.0 + run.seed * (run.method == "sila"))
+        rows = tables.over_seeds(tables.cells(grid, records, ("top1",), "table3"))
+        fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
+        bars = fig.axes[0].containers[0].lines[2][0].get_segments()
+        drawn = [bar for bar in bars if np.isfinite(bar).all() and len(bar)]
+        assert len(drawn) == (10 if len(seeds) > 1 else 0)  # both networks of five pairs
+        assert fig.axes[0].get_title(loc="right") == f"Title{title}"
+        plots.plt.close(fig)
+
+
+def test_a_figure_of_gains_without_records_says_so():
+    """It holds the paper's crosses alone, so no method of ours is in its legend."""
+    rows = tables.over_seeds(tables.cells(table3("paper", [0]), {}, ("top1",), "table3"))
+    fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
+    assert fig.axes[0].get_title(loc="right") == "Title, not run"
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["the paper's gain"]
+    plots.plt.close(fig)
+
+
+def test_a_legend_has_each_label_once():
+    fig, axes = plots.plt.subplots(1, 3)
+    plots.legend_below(fig, axes)
+    assert not fig.legends
+    for ax, labels in zip(axes, ("ab", "bc", "")):
+        for label in labels:
+            ax.plot([0, 1], label=label)
+    plots.legend_below(fig, axes)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a", "b", "c"]
+    plots.plt.close(fig)

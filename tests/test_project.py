@@ -12,9 +12,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from silalib import summary
+from silalib.analysis import tables
 from silalib.experiments import EXHIBITS
-from silalib.paths import ROOT
+from silalib.files import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -122,13 +122,13 @@ def test_a_broken_link_or_anchor_is_found(tmp_path, monkeypatch):
 def test_the_networks_page_is_what_the_code_counts():
     lines = [line for line in (ROOT / "docs" / "networks.md").read_text().splitlines() if line.startswith("| ")]
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    counted = summary.networks()
+    counted = tables.networks()
     assert header == list(counted.columns)
     assert rows == counted.astype(str).values.tolist()
 
 
 def test_documented_sizes_of_networks():
-    for row in summary.networks().to_dict("records"):
+    for row in tables.networks().to_dict("records"):
         parameters, macs = row["documented parameters"], row["documented million MACs"]
         if parameters.startswith("about"):
             millions = parameters.split()[1]
@@ -173,6 +173,16 @@ def test_constraints_name_every_dependency_once_and_exactly():
     names = [line.split("==")[0].lower().replace("_", "-") for line in lines]
     assert len(names) == len(set(names))
     assert {re.match(r"[\w-]+", d)[0].lower() for d in wanted} <= set(names)
+
+
+def test_a_wheel_has_every_file_of_the_package():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert tool["packages"]["find"]["include"] == ["silalib*"]
+    inside = [path for path in (ROOT / "silalib").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    named = [(ROOT.joinpath(*name.split(".")), globs) for name, globs in tool["package-data"].items()]
+    data = {path for folder, globs in named for glob in globs for path in folder.glob(glob)}
+    assert {path for path in inside if path.suffix != ".py"} == data
+    assert all((path.parent / "__init__.py").exists() for path in inside if path.suffix == ".py")
 
 
 def test_scripts_are_valid_and_executable():

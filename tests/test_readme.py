@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from test_claims import GAINS, made_up
 
-from silalib import claims, readme
-from silalib.claims import Effect
+from silalib.analysis import claims
+from silalib.analysis.statistics import Effect
+from silalib.errors import UserError
 from silalib.experiments import EXHIBITS
-from silalib.paths import ROOT
-
-TEXT = "# Title\n<!-- measured -->\nold\n<!-- end -->\nThe rest\n"
+from silalib.files import ROOT
+from silalib.report import readme
 
 
 @pytest.fixture
@@ -34,28 +34,20 @@ def committed(results):
     return results
 
 
-@pytest.fixture
-def copy(tmp_path, monkeypatch):
-    """README and its picture, elsewhere."""
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    monkeypatch.setattr(readme, "PICTURE", tmp_path / "measured.png")
-    return tmp_path
-
-
 def pixels(content):
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
 
 
-def test_readme_is_what_the_records_say(committed, copy):
+def test_readme_is_what_the_records_say(committed, tmp_path):
     """Its picture too: every pixel under the versions of constraints.txt, else nearly."""
-    own, picture = readme.README, readme.PICTURE
+    own, picture = tmp_path / "README.md", tmp_path / "measured.png"
     text = (ROOT / "README.md").read_text()
     own.write_text(readme.MARKED.sub("", text))
     assert own.read_text() != text
-    readme.main()
-    again = "README.md is not what the records say: python -m silalib.readme"
+    readme.write(*readme.render(readme.collect()), own, picture)
+    again = "README.md is not what the records say: python -m silalib.report.readme"
     assert own.read_text() == text, again
     kept = (ROOT / "docs" / "images" / "measured.png").read_bytes()
     assert len(kept) < 200_000
@@ -92,8 +84,8 @@ def test_no_profile_fills_anothers_cell():
     assert "Figure 6: features on MNIST | paper | 20 of 20 epochs, all images | 6 of 6 | 0, 1, 2 | 1 min 00 s" in text
     assert "Table 1: CIFAR-100 | small | 260 of 260 epochs, all images | 18 of 54 | 0 | 3 min 00 s" in text
     assert "a CPU, float32; a GPU, bfloat16 |\n" in text
-    assert "These 24 runs took 4 min 00 s of training." in text
-    assert "Trained alone, MobileNet reaches 50.00% top-1 on CIFAR-100; the paper prints 66.90%." in text
+    assert "18 of 153 runs are trained, in 3 min 00 s, for Table 1." in text
+    assert "Trained alone, MobileNet reaches 50.00% top-1 on CIFAR-100, in the paper 66.90%." in text
     assert len(np.unique(pixels(picture).reshape(-1, 3), axis=0)) > 20
 
 
@@ -101,12 +93,14 @@ def test_what_the_paper_prints_for_the_networks_that_are_trained():
     """ResNet18+ResNet18: alone 76.45; with SiLa 77.85; with SiLa+DML 78.13 and 78.03."""
     grids = {name: EXHIBITS[name].grid("small") for name in readme.TABLES}
     records = {run: SimpleNamespace(run=run, heads=[{"top1": 50.0}] * len(run.nets)) for run in grids["table1"]}
-    (sentence,) = readme.on_the_same_rows({"small": claims.Evidence(grids, records)})
-    assert sentence.startswith("Of Table 1, profile small has ResNet18+ResNet18 alone, where the paper prints ")
-    assert "+1.40 (SiLa), " in sentence and sentence.endswith(", +1.63 (SiLa+DML).")
+    alone, same = readme.beside_the_paper(claims.Evidence(grids, records))
+    assert alone == "Trained alone, ResNet18 reaches 50.00 ± 0.00% top-1 on CIFAR-100, in the paper 76.45%."
+    assert same.startswith("Of Table 1 it has ResNet18+ResNet18 alone, where the paper prints +1.40 (SiLa), ")
+    assert same.endswith(", +1.63 (SiLa+DML).")
     every = {name: EXHIBITS[name].grid("paper") for name in readme.TABLES}
     records = {run: SimpleNamespace(run=run, heads=[{"top1": 50.0}] * len(run.nets)) for run in every["table1"]}
-    assert not list(readme.on_the_same_rows({"paper": claims.Evidence(every, records)}))
+    (alone,) = readme.beside_the_paper(claims.Evidence(every, records))
+    assert alone.startswith("Trained alone, MobileNet reaches 50.00 ± 0.00%")
 
 
 def provenance(run):
@@ -121,37 +115,37 @@ def features(networks):
     return {f"test_{head}": points for head in range(networks)} | {"test_labels": np.arange(50) % 10}
 
 
-def test_a_damaged_record_stops_it(committed, copy, capsys):
+def test_a_damaged_record_stops_it(committed, capsys):
     run = next(run for run in claims.collect("paper").records if run.dataset == "mnist")
     folder = committed / "paper" / "runs" / run.key
     whole = folder.resolve()
     folder.unlink()
     shutil.copytree(whole, folder)
     (folder / "history.csv").write_text("epoch\n")
-    readme.README.write_text(TEXT)
+    before = (ROOT / "README.md").read_bytes()
     with pytest.raises(SystemExit, match=f"{re.escape(run.key)} has no whole record"):
         readme.main()
-    assert readme.README.read_text() == TEXT and not readme.PICTURE.exists()
+    assert (ROOT / "README.md").read_bytes() == before
     assert "history.csv" in capsys.readouterr().err
 
 
-def test_only_what_is_between_the_marks_is_written(copy, monkeypatch):
-    monkeypatch.setattr(readme, "collect", dict)
-    monkeypatch.setattr(readme, "render", lambda found: (r"new \1" + "\n", b"picture"))
-    readme.README.write_text(TEXT)
-    readme.main()
-    assert readme.README.read_text() == TEXT.replace("old", r"new \1")
-    assert readme.PICTURE.read_bytes() == b"picture"
-    readme.README.write_text("no marks")
-    with pytest.raises(SystemExit, match="no place between <!-- measured --> and <!-- end -->"):
-        readme.main()
+def test_only_what_is_between_the_marks_is_written(tmp_path):
+    own, picture = tmp_path / "README.md", tmp_path / "measured.png"
+    own.write_text("# Title\n<!-- measured -->\nold\n<!-- end -->\nThe rest\n")
+    readme.write(r"new \1" + "\n", b"picture", own, picture)
+    assert own.read_text() == "# Title\n<!-- measured -->\n" + r"new \1" + "\n<!-- end -->\nThe rest\n"
+    assert picture.read_bytes() == b"picture"
+    own.write_text("no marks")
+    with pytest.raises(UserError, match="no place between <!-- measured --> and <!-- end -->"):
+        readme.write("text", b"other", own, picture)
+    assert picture.read_bytes() == b"picture"
 
 
 def test_effects_in_cells():
-    two = Effect("top-1", "points", 1.5, 0.25, seeds=3, won=1, total=2, missing=4, runs=(SimpleNamespace(),))
+    two = Effect("top-1", "points", 1.5, 0.25, seeds=3, wins=1, total=2, missing=4, runs=(SimpleNamespace(),))
     assert readme.in_cell(two) == "+1.50 ± 0.25, 1 of 2 (4 more incomplete), 3 seeds"
     assert readme.in_cell(Effect("top-1", "points", missing=4)) == ""
-    assert readme.in_cell(Effect("top-1", "points", 1.5, won=3, total=3)) == "+1.50, 3 of 3"
+    assert readme.in_cell(Effect("top-1", "points", 1.5, wins=3, total=3)) == "+1.50, 3 of 3"
     assert [Effect(name, unit).named for name, unit in (("x", "nats"), ("a ratio", "ratio"))] == [
         "x (nats)",
         "a ratio",

@@ -1,4 +1,4 @@
-"""Concentration, Hessian eigenvalues and parameter noise against exact values of small cases."""
+"""Scatter ratio, Hessian eigenvalues and parameter noise against exact values of small cases."""
 
 import math
 from itertools import islice
@@ -10,19 +10,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from silalib import robustness
-from silalib.robustness import concentration, filter_norms, largest_eigenvalue, noise_directions, parameter_noise
+from silalib.training.robustness import (
+    filter_norms,
+    largest_eigenvalue,
+    noise_directions,
+    parameter_noise,
+    scatter_ratio,
+)
 
-# -- concentration
+# -- scatter ratio
 
 
-def test_concentration_by_hand():
+def test_scatter_ratio_by_hand():
     # class means (1, 0) and (1, 4), all points 1 from theirs; the means are 2 from the mean of all: 4 * 1 / (4 * 4)
     features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]])
-    assert concentration(features, torch.tensor([3, 3, 7, 7])) == pytest.approx(1 / 4)
+    assert scatter_ratio(features, torch.tensor([3, 3, 7, 7])) == pytest.approx(1 / 4)
 
 
-def test_concentration_against_scatter_matrices():
+def test_scatter_ratio_against_scatter_matrices():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], [5, 20, 9])
     x = rng.normal(size=(34, 3)) + 2 * rng.normal(size=(3, 3))[labels]
@@ -32,13 +37,13 @@ def test_concentration_against_scatter_matrices():
         within += len(group) * np.cov(group.T, bias=True)
         d = (group.mean(0) - x.mean(0))[:, None]
         between += len(group) * d @ d.T
-    actual = concentration(torch.from_numpy(x).float(), torch.from_numpy(labels))
+    actual = scatter_ratio(torch.from_numpy(x).float(), torch.from_numpy(labels))
     assert actual == pytest.approx(np.trace(within) / np.trace(between), rel=1e-5)
-    moved = concentration(torch.from_numpy(100 + 7 * x), torch.from_numpy(labels))
+    moved = scatter_ratio(torch.from_numpy(100 + 7 * x), torch.from_numpy(labels))
     assert moved == pytest.approx(actual, rel=1e-5)
 
 
-# -- curvature
+# -- sharpness
 
 
 def small_problem(seed=0):
@@ -79,13 +84,12 @@ def test_largest_eigenvalue_of_a_network(scaled, sign):
         d = norm_of_every_weight(network)
         hessian = d[:, None] * hessian * d
     spectrum = torch.linalg.eigvalsh(hessian)
-    # the case with the sign changed is one where power iteration first finds a negative eigenvalue
-    assert (spectrum[-1] > -spectrum[0]) == (sign > 0)
+    assert (spectrum[-1] > -spectrum[0]) == (sign > 0)  # with the sign changed the largest in size is negative
     loss = lambda: sign * F.cross_entropy(network(x), y)
-    value, steps, residual = largest_eigenvalue(loss, network.parameters(), scaled, steps=5000, tolerance=1e-7)
-    assert value == pytest.approx(spectrum[-1].item(), rel=1e-5)
-    assert residual < 1e-7
-    assert 1 < steps < 10000
+    value, steps, residual = largest_eigenvalue(loss, network.parameters(), scaled)
+    assert value == pytest.approx(spectrum[-1].item(), rel=1e-4)
+    assert residual < 1e-4
+    assert 1 < steps < 200
 
 
 def quadratic(eigenvalues):
@@ -107,7 +111,7 @@ def quadratic(eigenvalues):
 )
 def test_signs_of_eigenvalues(eigenvalues, largest):
     loss, parameters = quadratic(eigenvalues)
-    value, _, residual = largest_eigenvalue(loss, parameters, steps=1000, tolerance=1e-3)
+    value, _, residual = largest_eigenvalue(loss, parameters)
     assert value == pytest.approx(largest, rel=1e-3)
     assert residual < 1e-3
 
@@ -118,11 +122,11 @@ def test_scaled_eigenvalue_by_hand():
     with torch.no_grad():
         parameters[0].copy_(torch.tensor([[1.0, 1.0], [3.0, 4.0]]))  # squared norms 2 and 25
         parameters[1].copy_(torch.tensor([-4.0, 2.0]))  # 16 and 4
-    value, _, _ = largest_eigenvalue(loss, parameters, scaled=True, steps=1000, tolerance=1e-4)
+    value, _, _ = largest_eigenvalue(loss, parameters, scaled=True)
     assert value == pytest.approx(25, rel=1e-4)
     with torch.no_grad():
         parameters[1][0] = -6.0
-    value, _, _ = largest_eigenvalue(loss, parameters, scaled=True, steps=1000, tolerance=1e-4)
+    value, _, _ = largest_eigenvalue(loss, parameters, scaled=True)
     assert value == pytest.approx(36, rel=1e-4)
 
 
@@ -135,19 +139,23 @@ def test_scaled_eigenvalue_does_not_see_a_rescaled_filter():
     network.double()
     x, y = torch.randn(9, 1, 4, 4, dtype=torch.float64), torch.arange(9) % 3
     loss = lambda: F.cross_entropy(network(x), y)
-    measure = lambda scaled: largest_eigenvalue(loss, network.parameters(), scaled, steps=2000, tolerance=1e-6)[0]
+    measure = lambda scaled: largest_eigenvalue(loss, network.parameters(), scaled)[0]
     plain, scaled = measure(False), measure(True)
     with torch.no_grad():
         network[0].weight.mul_(0.1)
-    assert measure(True) == pytest.approx(scaled, rel=1e-6)
+    assert measure(True) == pytest.approx(scaled, rel=1e-5)
     assert abs(measure(False) / plain - 1) > 0.5
 
 
-def test_few_steps_are_reported_as_such():
-    loss, parameters = quadratic((1.0, 0.9, 0.99, 0.98, 0.97, 0.96))
-    _, steps, residual = largest_eigenvalue(loss, parameters, steps=3, tolerance=1e-6)
-    assert steps == 6  # three of them on the shifted Hessian
-    assert residual > 1e-6
+@pytest.mark.parametrize("lowest, highest", [(0.9, 1.0), (-1.0, 0.001)])
+def test_what_does_not_converge_gives_a_number_and_its_residual(lowest, highest):
+    """400 eigenvalues close together, and too few iterations to tell them apart; the residual bounds the error."""
+    eigenvalues = torch.linspace(lowest, highest, 400)
+    loss, parameters = quadratic(eigenvalues.tolist())
+    value, products, residual = largest_eigenvalue(loss, parameters, iterations=1)
+    assert lowest < value < highest + 1e-6 and products < 100
+    assert residual > 1e-4
+    assert (eigenvalues - value).abs().min() <= residual * abs(value)
     assert all(p.grad is None for p in parameters)
 
 
@@ -203,16 +211,17 @@ def test_failing_prediction_leaves_the_network_as_it_was():
     assert all(map(torch.equal, network.parameters(), before))
 
 
-def test_noise_in_a_known_direction(monkeypatch):
+def test_noise_in_a_known_direction():
     """One weight per class: the logits are (w + sigma d) x, the NLL log(1 + exp(-margin))."""
     network = nn.Linear(1, 2, bias=False)
     with torch.no_grad():
         network.weight.copy_(torch.tensor([[3.0], [1.0]]))
-    monkeypatch.setattr(robustness, "noise_directions", lambda *_: [torch.tensor([[-200.0], [50.0]])])
+    (direction,) = noise_directions([network.weight.detach()], "absolute", seed=0, draw=0)
+    change = (direction[0] - direction[1]).item()  # of the margin of class 0 per unit of x and of sigma
     x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])
     rows = list(parameter_noise(network, predict(x), y, sigmas=2, draws=1, kind="absolute", seed=0))
-    # margin of class 0 per unit of x: 2, then 2 - 250 * 0.01 = -0.5, then 2 - 250 * 0.02 = -3
-    for row, sigma, margin in zip(rows, (0, 0.01, 0.02), (2.0, -0.5, -3.0), strict=True):
+    for row, sigma in zip(rows, (0, 0.01, 0.02), strict=True):
+        margin = 2 + sigma * change
         assert row["sigma"] == pytest.approx(sigma)
         nll = (math.log1p(math.exp(-margin)) + math.log1p(math.exp(2 * margin))) / 2
         assert row["nll"] == pytest.approx(nll, rel=1e-5)

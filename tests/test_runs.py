@@ -1,24 +1,30 @@
 """Runs and their keys, records and their verification, ensure() and what it does with failures and stops."""
 
+import csv
 import dataclasses
 import hashlib
+import io
 import json
-import os
 import shutil
 import signal
 import threading
 import time
-import urllib.error
-import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import train
 
-from silalib import data, launch, runs, trainer
-from silalib.errors import Damaged, MissingData, Stopped, UserError
-from silalib.runs import Run, ensure, find, load, load_folder, load_network, state, write_atomically
+from silalib import data, files, records
+from silalib.errors import CorruptFile, MissingData, Stopped, UserError
+from silalib.files import write_atomically
+from silalib.launch import estimate, processes, workers
+from silalib.launch.ensure import ensure, train_all
+from silalib.records import find, load, load_folder, load_network, state, write_failure, write_record
+from silalib.run import PROTOCOL, Run
+from silalib.training import checkpoint, trainer
 
 # -- a run is its configuration
 
@@ -177,41 +183,55 @@ def test_a_bad_configuration_is_refused_in_one_line(changes, message):
 # -- files
 
 
-def test_write_atomically(tmp_path, monkeypatch):
-    path = tmp_path / "file.json"
+def test_write_atomically(tmp_path):
+    """What cannot be written, or not be renamed, leaves what was there, and nothing temporary."""
+    path, blocked = tmp_path / "file.json", tmp_path / "folder"
     write_atomically(path, b"old")
     with pytest.raises(TypeError):
         write_atomically(path, "not bytes")
     assert path.read_bytes() == b"old"
-    for step in ("fsync", "replace"):
-        with monkeypatch.context() as broken:
-
-            def fail(*_):
-                raise OSError("disk full")
-
-            broken.setattr(os, step, fail)
-            with pytest.raises(OSError, match="disk full"):
-                write_atomically(path, b"new")
-        assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]  # nothing temporary is left
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
+    blocked.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_atomically(blocked, b"new")
+    assert {p.name for p in tmp_path.iterdir()} == {"file.json", "folder"}
+    write_atomically(path, b"new", tmp_path / "previous.json")
+    assert (path.read_bytes(), (tmp_path / "previous.json").read_bytes()) == (b"new", b"old")
 
 
-def test_result_is_written_last(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", [
+    [{"epoch": 1, "lr": 0.1, "loss": float("nan")}, {"epoch": 2, "lr": 1e-05, "loss": 1 / 3}],
+    [{"head": 0, "kind": "filter", "sigma": 0.0}, {"head": 1, "kind": "absolute", "sigma": 1e22, "more": True}],
+    [{"x": np.float32(0.1), "y": np.float64(0.1), "n": np.int64(3)}],
+])  # fmt: skip
+def test_a_table_is_what_the_standard_library_writes(rows):
+    """Where a value is missing in a row, `nan` stands for it too."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(k for row in rows for k in row), "nan", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    assert files.to_csv(rows).decode() == text.getvalue()
+
+
+def test_tables_of_committed_records_are_written_again_to_the_byte():
+    number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text)
+    word = lambda text: number(text) if set(text) <= set("0123456789.-+e") or text == "nan" else text
+    paths = sorted(files.ROOT.glob("results/*/runs/*/*.csv"))
+    assert paths
+    for path in paths:
+        rows = [{k: word(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(path.read_text()))]
+        assert files.to_csv(rows) == path.read_bytes(), path
+
+
+def test_result_is_written_last(record, tmp_path):
     """It marks a run as finished, so whatever fails before leaves none."""
-    written = []
-    real = runs.write_atomically
-
-    def remember(path, content):
-        written.append(path.name)
-        real(path, content)
-
-    monkeypatch.setattr(runs, "write_atomically", remember)
-    trainer.train(tiny(nets=("convnet12",), method="ind", epochs=1), tmp_path / "run", "cpu")
-    files = {"history.csv", "test.npz", "features.npz", "weights.safetensors", "run.json"}
-    assert set(written) == files | {"result.sha256", "result.json"}
-    assert written[-1] == "result.json"
+    content = {name: (record.path / name).read_bytes() for name in FILES}
+    for blocked in (*FILES, "run.json", "result.sha256", "result.json"):
+        folder = tmp_path / blocked
+        (folder / blocked).mkdir(parents=True)  # a file cannot take its place
+        with pytest.raises(OSError):
+            write_record(record.run, folder, record.result, content)
+        assert not (folder / "result.json").is_file()
+    assert {p.name for p in folder.iterdir()} == {*FILES, "run.json", "result.sha256", "result.json"}
 
 
 def flip(path, position):
@@ -259,7 +279,7 @@ def test_a_damaged_or_missing_description_is_found(name, record):
     whole = path.read_bytes()
     for content in (bytes([whole[0] ^ 1]) + whole[1:], whole[: len(whole) // 2], b"", b"{}", b"[]", b"\xff\xfe"):
         path.write_bytes(content)
-        with pytest.raises(Damaged, match=f"{name} is damaged: .*trains the run again") as caught:
+        with pytest.raises(CorruptFile, match=f"{name} is damaged: .*trains the run again") as caught:
             load(record.run)
         assert "\n" not in str(caught.value)
         assert state(record.run) == "damaged"
@@ -272,8 +292,8 @@ def tamper(record, **changes):
     """Give the record the run.json of another time, with its checksums."""
     path = record.path / "run.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
-    files = record.result["files"] | {"run.json": hashlib.sha256(path.read_bytes()).hexdigest()}
-    runs.write_sealed(record.path / "result.json", record.result | {"files": files})
+    sums = record.result["files"] | {"run.json": hashlib.sha256(path.read_bytes()).hexdigest()}
+    files.write_sealed(record.path / "result.json", record.result | {"files": sums})
 
 
 def test_a_changed_default_cannot_relabel_an_old_record(record):
@@ -290,8 +310,8 @@ def test_a_record_from_before_a_field_is_still_good(record):
 
 
 def test_another_protocol_is_refused(record):
-    tamper(record, protocol=runs.PROTOCOL + 1)
-    with pytest.raises(UserError, match=f"protocol {runs.PROTOCOL + 1}, this is {runs.PROTOCOL}"):
+    tamper(record, protocol=PROTOCOL + 1)
+    with pytest.raises(UserError, match=f"protocol {PROTOCOL + 1}, this is {PROTOCOL}"):
         load(record.run)
 
 
@@ -347,21 +367,19 @@ def test_weights_may_be_missing(record):
 # -- ensure
 
 
-def forbid(monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("nothing should be trained")
-
-    monkeypatch.setattr(trainer, "train", fail)
-
-
 @pytest.fixture(autouse=True)
-def one_core(monkeypatch):
+def one_core(cores):
     """A worker for each core is then one worker of one thread."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    cores(1)
 
 
-def test_ensure_trains_once(tiny, results, monkeypatch, capsys):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+def written(*paths):
+    """When the files were written: equal if nothing was trained since."""
+    return [path.stat().st_mtime_ns for path in paths]
+
+
+def test_ensure_trains_once(tiny, results, cores, capsys):
+    cores(2)
     a, b = (tiny(nets=("convnet12",), method="ind", epochs=1, seed=seed) for seed in (0, 1))
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     first = ensure([b, a, b], "small", workers=1)
@@ -370,24 +388,25 @@ def test_ensure_trains_once(tiny, results, monkeypatch, capsys):
     assert state(a) == state(b) == "done"
     names = {p.name for p in first[a].path.iterdir()} - {".lock"}
     assert names == {*first[a].result["files"], "result.json", "result.sha256"}
-    assert first[a].result["provenance"]["threads"] == 2  # one worker takes both cores
-    assert (torch.get_num_threads(), signal.getsignal(signal.SIGINT)) == (threads, handler) != (2, handler)
-    forbid(monkeypatch)
+    assert first[a].result["provenance"]["threads"] == processes.cpu_cores()  # one worker takes both cores
+    assert (torch.get_num_threads(), signal.getsignal(signal.SIGINT)) == (threads, handler)
+    before = written(*results.rglob("result.json"))
     second = ensure([a, b], "quick", workers=1)
     assert list(second) == [a, b]
     assert second[a].result == first[a].result
+    assert written(*results.rglob("result.json")) == before
 
 
-def test_ensure_without_training_leaves_out_what_is_missing(record, tiny, monkeypatch):
-    forbid(monkeypatch)
+def test_ensure_without_training_leaves_out_what_is_missing(record, tiny):
     missing = tiny(seed=9)
     assert list(ensure([missing, record.run], train=False)) == [record.run]
     assert state(missing) == "pending"
     flip(record.path / "result.json", 0)
     assert ensure([missing, record.run], train=False) == {}
+    assert (state(missing), state(record.run)) == ("pending", "damaged")
 
 
-def test_a_failing_run_does_not_stop_the_others(tiny, monkeypatch, capsys):
+def test_a_failing_run_does_not_stop_the_others(tiny, results, capsys):
     good = tiny(nets=("convnet12",), method="ind", epochs=1)
     bad = tiny(lr=1e6)  # the longer one is trained first
     with pytest.raises(UserError, match=r"1 of 2 runs failed, the first: .*not finite") as caught:
@@ -397,50 +416,35 @@ def test_a_failing_run_does_not_stop_the_others(tiny, monkeypatch, capsys):
     assert "not finite" in capsys.readouterr().err
     assert list(ensure([good, bad], train=False)) == [good]
 
-    trained = []
-    real = trainer.train
-    monkeypatch.setattr(trainer, "train", lambda run, *rest, **more: (trained.append(run), real(run, *rest, **more))[1])
+    record, failed = find(good) / "result.json", results / "quick" / "runs" / bad.key / "failed.json"
+    before = written(record, failed)
     with pytest.raises(UserError, match=r"failed before.*--retry"):
         ensure([good, bad], workers=1)
-    assert trained == []
+    assert written(record, failed) == before
     with pytest.raises(UserError, match="not finite"):
         ensure([good, bad], workers=1, retry=True)
-    assert trained == [bad]
+    assert written(record) == before[:1] and written(failed) != before[1:]
     assert state(bad) == "failed"
 
 
-def test_a_run_that_failed_can_succeed(tiny, monkeypatch, capsys):
+def test_a_run_that_failed_can_succeed(tiny, results, capsys):
     run = tiny(nets=("convnet12",), method="ind", epochs=1)
-    with monkeypatch.context() as broken:
-
-        def diverge(*_, **__):
-            raise trainer.Diverged(run, 1, 2, 0.1)
-
-        broken.setattr(trainer, "train", diverge)
-        with pytest.raises(UserError):
-            ensure([run], workers=1)
+    (folder := results / "quick" / "runs" / run.key).mkdir(parents=True)
+    write_failure(folder, "a bad kernel")
     assert state(run) == "failed"
     (record,) = ensure([run], workers=1, retry=True).values()
     assert state(run) == "done"
     assert not (record.path / "failed.json").exists()
 
 
-def test_missing_data_does_not_stop_the_others(tiny, tmp_path, monkeypatch, capsys):
-    def refuse(*_, **__):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
-    data.load.cache_clear()
+def test_missing_data_does_not_stop_the_others(tiny, data_folder, no_network, capsys):
     here = tiny(nets=("convnet12",), method="ind", epochs=1)
     with pytest.raises(MissingData, match="--profile quick"):
         ensure([Run("mnist", "convnet12", "ind", train_size=128), here], workers=1)
     assert state(here) == "done"
-    data.load.cache_clear()
 
 
-def test_data_that_must_be_prepared_are_not_run_and_no_failure(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SILALIB_DATA", str(tmp_path / "data"))
+def test_data_that_must_be_prepared_are_not_run_and_no_failure(tiny, data_folder, capsys):
     here = tiny(nets=("convnet12",), method="ind", epochs=1)
     elsewhere = [
         Run("imagenet100", "msdnet_imagenet", method, stem="imagenet", augment="flip") for method in ("ind", "sila")
@@ -451,13 +455,13 @@ def test_data_that_must_be_prepared_are_not_run_and_no_failure(tiny, tmp_path, m
     assert [state(run) for run in elsewhere] == ["pending"] * 2
 
 
-def test_two_workers_give_what_one_gives(tiny, comparable, tmp_path, monkeypatch, capsys):
+def test_two_workers_give_what_one_gives(tiny, comparable, tmp_path, cores, capsys):
     grid = [tiny(nets=("vgg13",) * 2, method=m, epochs=1, augment="crop+flip") for m in ("sila", "dml")]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)  # one thread for each worker
+    cores(2)  # one thread for each worker
     together = ensure(grid, workers=2, device="cpu")
     assert list(together) == grid
     for run in grid:
-        alone = trainer.train(run, tmp_path / "alone" / run.key, "cpu")
+        alone = train(run, tmp_path / "alone" / run.key, "cpu")
         assert comparable(together[run]) == comparable(alone)
         assert together[run].result["provenance"]["threads"] == alone.result["provenance"]["threads"] == 1
 
@@ -469,44 +473,33 @@ def test_a_used_up_budget_stops_and_leaves_the_rest(tiny, capsys):
     assert all(state(run) in ("pending", "started") for run in grid)
 
 
-def test_a_budget_stops_within_a_run_and_it_goes_on_later(tiny, monkeypatch, capsys):
+def test_a_budget_stops_within_a_run_and_it_goes_on_later(tiny, results, capsys):
+    run, steps = tiny(epochs=10**6), []
+    for _ in range(2):
+        with pytest.raises(Stopped, match="1 of 1 runs left"):
+            ensure([run], workers=1, budget=1)
+        assert state(run) == "started"
+        assert ensure([run], train=False) == {}
+        path = results / "quick" / "runs" / run.key / "checkpoint.pt"
+        steps.append(checkpoint.read_checkpoint(path, "cpu")["step"])
+    assert 0 < steps[0] < steps[1]
+    assert f"{run}: goes on after epoch {steps[0] / 2:.1f} of {run.epochs}" in capsys.readouterr().err
+
+
+def test_a_signal_stops_after_the_step(tiny, usual_interrupt):
+    def interrupted(run, folder, device, *, stop, **how):
+        """Asked for the first time, after a step."""
+        return trainer.train(run, folder, device, stop=lambda: signal.raise_signal(signal.SIGINT) or stop(), **how)
+
     run = tiny()
-    monkeypatch.setattr(launch.time, "time", lambda: 0.0)
-    real, steps = trainer.Training.one_step, []
-
-    def count(self, *batch):
-        steps.append(self.step)
-        if len(steps) == 3:  # now the budget is used up
-            monkeypatch.setattr(launch.time, "time", lambda: 100.0)
-        real(self, *batch)
-
-    monkeypatch.setattr(trainer.Training, "one_step", count)
     with pytest.raises(Stopped, match="1 of 1 runs left"):
-        ensure([run], workers=1, budget=60)
-    assert state(run) == "started"
-    assert ensure([run], train=False) == {}
-    assert ensure([run], workers=1)[run].heads
-    assert steps == [0, 1, 2, 3]
-    assert state(run) == "done"
-
-
-def test_a_signal_stops_after_the_step(tiny, monkeypatch, usual_interrupt):
-    run, real = tiny(), trainer.Training.one_step
-
-    def interrupted(self, *batch):
-        real(self, *batch)
-        if self.step == 1:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(trainer.Training, "one_step", interrupted)
-    with pytest.raises(Stopped, match="1 of 1 runs left"):
-        ensure([run], workers=1)
+        train_all([run], "quick", "cpu", 1, None, False, False, train_by=interrupted)
     assert state(run) == "started"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_second_signal_acts_as_usual(usual_interrupt):
-    with launch.interruptible() as stopped:
+    with processes.interruptible() as stopped:
         assert not stopped.is_set()
         signal.raise_signal(signal.SIGINT)
         assert stopped.is_set()
@@ -514,27 +507,56 @@ def test_the_second_signal_acts_as_usual(usual_interrupt):
             signal.raise_signal(signal.SIGINT)
 
 
+def test_after_a_stop_what_runs_is_waited_for_and_the_rest_is_cancelled():
+    stopped, release, ticks = threading.Event(), threading.Event(), []
+
+    def tick():
+        ticks.append(release.set() if stopped.is_set() else stopped.set())
+
+    with ThreadPoolExecutor(1) as pool:
+        futures = {pool.submit(release.wait, 60): name for name in ("runs", "waits")}
+        assert [(future.result(), name) for future, name in processes.finished(futures, stopped, tick)] == [
+            (True, "runs")
+        ]
+    assert futures == {} and len(ticks) >= 2
+
+
+def test_futures_may_be_added_and_a_loop_that_is_left_cancels_the_rest():
+    stopped, release = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        futures, seen = {pool.submit(int): 0}, []
+        for _, number in processes.finished(futures, stopped):
+            seen.append(number)
+            if number == 2:
+                left = [pool.submit(release.wait, 60) for _ in range(9)]  # of which the last ones cannot have begun
+                futures.update(dict.fromkeys(left))
+                break
+            futures[pool.submit(int)] = number + 1
+        assert left[-1].cancelled()
+        release.set()
+    assert seen == [0, 1, 2]
+
+
 def test_one_process_trains_a_run(tiny, results, capsys):
     run = tiny()
     folder = results / "quick" / "runs" / run.key
-    with runs.lock(folder, wait=lambda: True):
+    with records.lock(folder, wait=lambda: True):
         assert state(run) == "running"
         said = []
         with pytest.raises(UserError, match="stopped while waiting"):
-            with runs.lock(folder, wait=lambda: False, message=said.append):
+            with records.lock(folder, wait=lambda: False, message=said.append):
                 pass
         assert said == ["another process is training this run: waiting for it"]
     assert state(run) == "pending"
 
 
-def test_who_waited_finds_the_run_done(tiny, trained, results, monkeypatch):
+def test_who_waited_finds_the_run_done(trained, results):
     """A second process that waited for the lock loads the record and does not train again."""
     run, source = trained
     folder = results / "quick" / "runs" / run.key
-    forbid(monkeypatch)
 
     def other_process():
-        with runs.lock(folder, wait=lambda: True):
+        with records.lock(folder, wait=lambda: True):
             locked.set()
             time.sleep(0.2)
             shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -543,19 +565,22 @@ def test_who_waited_finds_the_run_done(tiny, trained, results, monkeypatch):
     thread = threading.Thread(target=other_process)
     thread.start()
     locked.wait(10)
-    job = launch.Job(folder.parent, "cpu", threads=1, deadline=None, only_whole=False, retry=False)
+    job = workers.Job(folder.parent, "cpu")
     outcome = job.train(run, lambda: False, lambda **_: None)
     thread.join()
     assert outcome.startswith("top-1 ")
+    assert written(folder / "result.json") == written(source / "result.json")
 
 
 def test_cost_counts_every_image():
     """Three forwards of each training image and one of each test image, in every epoch."""
     one = Run("digits", "mobilenet", "ind", epochs=1, train_size=128)
-    assert launch.cost(dataclasses.replace(one, epochs=5)) == 5 * launch.cost(one)
-    assert launch.cost(one) * (3 * 256 + 500) == launch.cost(dataclasses.replace(one, train_size=256)) * (3 * 128 + 500)
+    assert estimate.cost(dataclasses.replace(one, epochs=5)) == 5 * estimate.cost(one)
+    assert estimate.cost(one) * (3 * 256 + 500) == estimate.cost(dataclasses.replace(one, train_size=256)) * (
+        3 * 128 + 500
+    )
     pair = dataclasses.replace(one, nets=("mobilenet", "mobilenet"))
-    assert launch.cost(pair) == 2 * launch.cost(one)
+    assert estimate.cost(pair) == 2 * estimate.cost(one)
 
 
 def test_load_folder_reads_a_record_anywhere(trained):
@@ -568,11 +593,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_again(tiny, result
     run = tiny()
     folder = results / "quick" / "runs" / run.key
     with pytest.raises(Stopped):
-        trainer.train(run, folder, "cpu", stop=lambda: "now")
-    checkpoint = folder / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
+        train(run, folder, "cpu", stop=lambda: "now")
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:keep])
     said = []
-    record = trainer.train(run, folder, "cpu", progress=lambda **message: said.append(message.get("text")))
+    record = train(run, folder, "cpu", progress=lambda **message: said.append(message.get("text")))
     assert any(text and "checkpoint.pt was damaged" in text for text in said)
     assert (folder / "checkpoint.pt.corrupt").exists()
     assert len(record.history) == 4

@@ -2,35 +2,26 @@
 
 import gc
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import train_step
+from conftest import losses, train
+from train_step import PLAIN
 
-from silalib import bench, speed, trainer
-from silalib.__main__ import main
-from silalib.augment import epoch_plan
 from silalib.experiments import EXHIBITS, cifar_run
-from silalib.speed import PLAIN, Captured, Speed
+from silalib.training import checkpoint, execution, measure, trainer
+from silalib.training.execution import GraphedCallable, Speed
 
 CPU = torch.device("cpu")
 STEPS = 20
 
 
-def losses(run, settings, folder, device=CPU):
-    """Training NLL of every head at each of the first 20 steps, (20, C), and the training itself."""
-    with torch.random.fork_rng(), speed.own_stream(device):
-        training = trainer.Training(run, folder, device, lambda: None, lambda **message: None, None, speed=settings)
-        rows = []
-        for step in range(STEPS):
-            epoch, i = divmod(step, training.steps_per_epoch)
-            plan = epoch_plan(run, epoch, len(training.target), device)
-            training.one_step(*(part[i * run.batch_size : (i + 1) * run.batch_size] for part in plan))
-            training.step += 1
-            rows.append(training.sums[:, 0].clone())
-            training.sums.zero_()
-        return torch.stack(rows).cpu(), training
+def first_losses(run, speed):
+    """Training NLL of every head at each of the first 20 steps, (20, C)."""
+    with torch.random.fork_rng():
+        return losses(trainer.Training(run, CPU, speed), STEPS)
 
 
 NETWORKS = {
@@ -43,15 +34,15 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("case", [*NETWORKS, pytest.param("densenet121", marks=pytest.mark.slow)])
-def test_fast_settings_follow_the_plain_path_for_20_steps(case, tiny, tmp_path):
+def test_fast_settings_follow_the_plain_path_for_20_steps(case, tiny):
     """Float32 differs by the order of sums alone, which dropout and pooling spread: 1 percent of the NLL at most, 0.1
     on average. bfloat16 has 8 bits: 10 percent at most, 3 on average. A small rate keeps the trajectory from chaos."""
     network = NETWORKS.get(case) or dict(nets=(case,), width=0.25, method="ind")
     run = tiny(train_size=128, epochs=5, lr=0.01, warmup=0.0, **network)
-    plain, _ = losses(run, PLAIN, tmp_path / "plain")
+    plain = first_losses(run, PLAIN)
     assert plain[-4:].mean() < plain[:4].mean()  # it has learned something in between
-    for half, largest, average in ((False, 0.01, 1e-3), (True, 0.1, 0.03)):
-        fast, _ = losses(run, Speed(half=half), tmp_path / str(half))
+    for bf16, largest, average in ((False, 0.01, 1e-3), (True, 0.1, 0.03)):
+        fast = first_losses(run, Speed(bf16=bf16))
         error = (fast - plain).abs() / plain
         assert error.max() < largest
         assert error.mean() < average
@@ -60,7 +51,7 @@ def test_fast_settings_follow_the_plain_path_for_20_steps(case, tiny, tmp_path):
 def test_one_thread_gives_the_threads_back():
     torch.set_num_threads(2)
     try:
-        with pytest.raises(KeyError), speed.one_thread():
+        with pytest.raises(KeyError), execution.one_thread():
             assert torch.get_num_threads() == 1
             raise KeyError
         assert torch.get_num_threads() == 2
@@ -76,9 +67,11 @@ def test_fast_settings_end_as_accurate_as_the_plain_ones(tmp_path):
         run = cifar_run("quick", ("resnet18", "resnet18"), method="sila", seed=seed)
         for name, settings in (("fast", Speed()), ("plain", PLAIN)):
             with torch.random.fork_rng():
-                args = (run, tmp_path / f"{name}{seed}", CPU, lambda: None, lambda **message: None, None)
-                record = trainer.Training(*args, speed=settings).finish()
-            top1[name] += [head["top1"] for head in record.heads]
+                training = trainer.Training(run, CPU, settings)
+                pauses = checkpoint.Pauses(training, tmp_path / f"{name}{seed}")
+                training.fit(pauses)
+                result, _ = measure.final(training, pauses)
+            top1[name] += [head["top1"] for head in result["heads"]]
     fast, plain = (np.array(top1[name]) for name in top1)
     assert min(*fast, *plain) > 80
     assert abs(fast.mean() - plain.mean()) < 2 * np.sqrt((fast.var(ddof=1) + plain.var(ddof=1)) / 2)
@@ -102,7 +95,7 @@ def test_a_captured_function_gives_what_the_function_gives():
         eager.append(len(x))
         return [x * y * scale, x + y]
 
-    captured = Captured(function, recorded)
+    captured = GraphedCallable(function, recorded)
     kept = []
     for i in range(8):
         scale.fill_(i)  # as the learning rate changes: in its place
@@ -115,45 +108,38 @@ def test_a_captured_function_gives_what_the_function_gives():
     assert eager == [3]  # another shape runs the function itself
 
 
-def test_a_training_step_can_be_captured(tiny, tmp_path):
+def test_a_training_step_can_be_captured(tiny):
     """Nothing but the tensors given, and tensors that keep their place, changes between two steps: replaying the update
     on static inputs gives the weights of eager steps, to the last bit."""
     run = tiny(nets=("resnet18",) * 2, width=0.0625, train_size=128, epochs=5, augment="autoaugment")
-    _, eager = losses(run, Speed(), tmp_path / "eager")
     with torch.random.fork_rng():
-        training = trainer.Training(run, tmp_path / "captured", CPU, lambda: None, lambda **message: None, None)
-        training.captured_update = Captured(training.update, lambda function, inputs: (lambda: function(*inputs), None))
-        addresses = None
-        for step in range(STEPS):
-            epoch, i = divmod(step, training.steps_per_epoch)
-            plan = epoch_plan(run, epoch, len(training.target), CPU)
-            training.one_step(*(part[i * run.batch_size : (i + 1) * run.batch_size] for part in plan))
-            training.step += 1
-            here = [
-                t.data_ptr() for t in (training.sums, *(p for net in training.nets.values() for p in net.parameters()))
-            ]
-            assert addresses in (None, here)
-            addresses = here
+        eager, training = (trainer.Training(run, CPU, Speed()) for _ in range(2))
+        losses(eager, STEPS)
+        training.captured_update = GraphedCallable(
+            training.update, lambda function, inputs: (lambda: function(*inputs), None)
+        )
+        kept = [training.sums, *(p for net in training.nets.values() for p in net.parameters())]
+        losses(training, 1)  # in which parameters keep their place too
+        addresses = [t.data_ptr() for t in kept]
+        losses(training, STEPS - 1)
+        assert training.captured_update.replay and addresses == [t.data_ptr() for t in kept]
     for own, other in zip(training.nets.values(), eager.nets.values()):
         for name, value in own.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_a_learning_rate_in_a_tensor_is_the_same(tiny, tmp_path):
+def test_a_learning_rate_in_a_tensor_is_the_same(tiny):
     """As on a GPU, where the captured step reads it; float32 holds 0.1 to seven digits."""
     run = tiny(nets=("resnet18",), method="ind", width=0.0625, train_size=128, epochs=5, lr=0.01)
-    number, _ = losses(run, Speed(fused=False), tmp_path / "number")
-    real = torch.optim.SGD
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "SGD", lambda p, lr, **more: real(p, lr=torch.tensor(lr), **more))
-        tensor, training = losses(run, Speed(fused=False), tmp_path / "tensor")
-    assert torch.is_tensor(training.optimizer.param_groups[0]["lr"])
-    last = trainer.learning_rate(run, STEPS - 1, training.steps_per_epoch)
-    assert training.optimizer.param_groups[0]["lr"].item() == pytest.approx(last, rel=1e-6)
-    assert torch.allclose(tensor, number, rtol=1e-4)
+    number, tensor = (trainer.Training(run, CPU, Speed(fused=False)) for _ in range(2))
+    (group,) = tensor.optimizer.param_groups
+    group["lr"] = torch.tensor(run.lr)
+    assert torch.allclose(losses(tensor, STEPS), losses(number, STEPS), rtol=1e-4)
+    last = trainer.learning_rate(run, STEPS - 1, tensor.steps_per_epoch)
+    assert torch.is_tensor(group["lr"]) and group["lr"].item() == pytest.approx(last, rel=1e-6)
 
 
-def test_memory_does_not_grow_over_50_epochs(tiny, tmp_path, monkeypatch):
+def test_memory_does_not_grow_over_50_epochs(tiny, tmp_path):
     """Counted where it is held: tensors alive, and their bytes, at the end of the second epoch and of the last."""
     alive = []
 
@@ -163,52 +149,49 @@ def test_memory_does_not_grow_over_50_epochs(tiny, tmp_path, monkeypatch):
             tensors = {t.untyped_storage().data_ptr(): t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
             alive.append((len(tensors), sum(t.untyped_storage().nbytes() for t in tensors.values())))
 
-    monkeypatch.setattr(trainer.Training, "save", lambda self: None)  # the disk is not what is counted
     run = tiny(epochs=50)
-    trainer.train(run, tmp_path / "run", "cpu", progress=count)
+    train(run, tmp_path / "run", progress=count)
     second, last = alive
     assert last == second
 
 
-def test_the_memory_of_a_loop_is_its_own(monkeypatch):
+def test_the_memory_of_a_loop_is_its_own():
     """Three loops hold 100 bytes each and take up 10, 20 and 30 more in an epoch; all are in memory at once."""
-    run = bench.configuration("mobilenet", "ind")
     held, most, tested = [0], [0], []
 
     class Loop:
-        training = SimpleNamespace(nets={}, dtypes=[torch.float32])
-
-        def __init__(self, extra, name):
-            self.extra, self.name, self.tests = extra, name, 0
+        def __init__(self, extra):
+            self.extra = extra
             held[0] += 100
 
         def epoch(self):
             most[0] = max(most[0], held[0] + self.extra)
 
+    class Tested(Loop):
         def test(self):
-            tested.append(self.name)
-
-        def worker_seconds(self):
-            return 0
+            tested.append(self.extra)
 
     def memory(device, reset=False):
         if reset:
             most[0] = held[0]
         return held[0], most[0]
 
-    reference = SimpleNamespace(Reference=lambda *_: Loop(10, "reference"))
-    extra = {"fast": 20, "plain": 30}
-    monkeypatch.setattr(bench, "Ours", lambda run, device, settings: Loop(20 if settings != PLAIN else 30, "ours"))
-    monkeypatch.setattr(bench, "memory", memory)
-    monkeypatch.setattr(bench, "peak", lambda *_: 1.0)
-    rows = bench.measure(run, CPU, list(extra), 2, 1, reference)
-    assert {row["speed"]: row["peak_memory_bytes"] for row in rows} == {"fast": 120, "plain": 130}
-    assert len(tested) == 2 * (4 + 2)  # the test pass is warmed up, and captured, before it is timed
+    loops = {"reference": lambda: Loop(10), "fast": lambda: Tested(20), "plain": lambda: Tested(30)}
+    _, times, _, bytes_used = train_step.measure(loops, CPU, 2, memory)
+    assert bytes_used == {"reference": 110, "fast": 120, "plain": 130}
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys(loops, 2)
+    assert sorted(tested) == [20] * (4 + 2) + [30] * (4 + 2)  # warmed up, and captured, before it is timed
 
 
-def test_bench_refuses_unknown_settings(capsys):
-    assert main(["bench", "--nets", "msdnet_anytime", "--methods", "ind", "--speeds", "quick"]) == 1
-    assert "unknown speed 'quick': choose from fast" in capsys.readouterr().err
+@pytest.mark.parametrize("options, message", [
+    (["--nets", "msdnet_anytime", "--speeds", "quick"], "unknown speed 'quick': choose from fast"),
+    (["--nets", "resnet19"], "unknown network 'resnet19': choose from"),
+    (["--device", "tpu"], "unknown device 'tpu'"),
+])  # fmt: skip
+def test_train_step_refuses_what_it_does_not_know_in_one_line(options, message, capsys):
+    assert train_step.main(options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("silalib: error: ") and message in line
 
 
 def test_projected_time_is_cost_times_measured_speed():
@@ -217,15 +200,15 @@ def test_projected_time_is_cost_times_measured_speed():
     Figure 3 has IND's pair too, which was not measured and is taken at the mean speed of both: 1040 s."""
     row = lambda method, s: {"nets": "resnet18" if method == "ind" else "resnet18+resnet18", "speed": "fast",
                              "method": method, "seconds_per_epoch": s}  # fmt: skip
-    assert bench.projected([row("ind", 2), row("sila", 4)], "fast")["fig3"] == pytest.approx(2080)
+    assert train_step.projected([row("ind", 2), row("sila", 4)], "fast")["fig3"] == pytest.approx(2080)
 
 
 @pytest.mark.slow
-def test_bench_prints_a_table_and_writes_what_it_rests_on(results, tmp_path, capsys):
+def test_train_step_prints_a_table_and_writes_what_it_rests_on(tmp_path, capsys):
     """One step each, so the values mean little; how they hang together is arithmetic."""
     output = tmp_path / "deep" / "bench.json"
     arguments = ["--nets", "mobilenet", "--methods", "ind", "--rounds", "1", "--steps", "1", "--device", "cpu"]
-    assert main(["bench", *arguments, "--speeds", "fast", "plain", "--output", str(output)]) == 0
+    assert train_step.main([*arguments, "--speeds", "fast", "plain", "--output", str(output)]) == 0
     printed, found = capsys.readouterr().out, json.loads(output.read_bytes())
     assert [row["speed"] for row in found["rows"]] == ["fast", "plain"]
     for row in found["rows"]:

@@ -8,14 +8,17 @@ import sys
 
 import pytest
 import torch
-from shared_runs import BATCHES, NETWORKS, SMOOTH, UNEVEN
+from conftest import train
+from shared_runs import ALONE, NETWORKS, SMOOTH
 
-from silalib import launch, trainer
-from silalib.errors import Damaged, UserError
+from silalib.errors import CorruptFile, UserError
+from silalib.files import ROOT
+from silalib.launch import workers
+from silalib.launch.ensure import ensure
 from silalib.models import MODELS, count_parameters
-from silalib.parallel import DATA, NETWORK, Ranks, layout
-from silalib.paths import ROOT
-from silalib.runs import CHECKPOINTS, Run, failure, load_folder
+from silalib.records import failure, load_folder
+from silalib.training import trainer
+from silalib.training.network_parallel import Ranks
 
 pytestmark = pytest.mark.slow  # processes that import torch, many times
 
@@ -59,12 +62,12 @@ def alone(tmp_path_factory):
     """alone(run) -> its record, trained in this process."""
     folder, records = tmp_path_factory.mktemp("alone"), {}
 
-    def train(run):
+    def once(run):
         if run not in records:
-            records[run] = trainer.train(run, folder / run.key, "cpu")
+            records[run] = train(run, folder / run.key)
         return records[run]
 
-    return train
+    return once
 
 
 def assert_equal(record, expected, tolerance):
@@ -91,17 +94,17 @@ def test_network_parallel_is_one_process(name, together, alone):
     run = NETWORKS[name]
     record = load_folder(run, together[2] / run.key)
     provenance = record.result["provenance"]
-    assert (provenance["layout"], provenance["processes"]) == (NETWORK, 2)
+    assert (provenance["layout"], provenance["processes"]) == ("network-parallel", 2)
     assert_equal(record, alone(run), 1e-5)
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_data_parallel_is_one_process_with_the_whole_batch(name, together, alone):
-    run = BATCHES[name]
-    record = load_folder(run, together[2] / run.key)
-    provenance = record.result["provenance"]
-    assert (provenance["layout"], provenance["processes"]) == (DATA, 2)
-    assert_equal(record, alone(run), 1e-4)
+def test_a_run_of_another_number_of_networks_is_trained_by_the_first_process_alone(together, alone):
+    done, notes, folder = together
+    record = load_folder(ALONE, folder / ALONE.key)
+    assert (record.result["provenance"]["layout"], record.result["provenance"]["processes"]) == (None, 1)
+    assert_equal(record, alone(ALONE), 0)
+    assert [ALONE.key in seen for seen in notes] == [True, False]
+    assert f"{ALONE}: 1 of 2 processes are needed: the first one trains it alone" in done.stderr
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -120,87 +123,51 @@ def test_no_weight_or_gradient_crosses(name, together):
         assert seen[run.key]["step"] == {f"all_gather torch.float32 {shape}": 1}
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, *BATCHES])
-def test_bytes_are_counted_and_printed(name, together):
+def test_the_first_process_alone_talks(together):
     done, notes, _ = together
-    run = (NETWORKS | BATCHES)[name]
-    parameters = sum(count_parameters(run.network(slot)) for slot in range(len(run.nets)))
-    # ten BatchNorms of four channels: in the forward and in the backward pass, two vectors from each of two processes
-    statistics = 2 * 10 * 2 * 2 * 4 * 4 * len(run.nets)
-    expected = {
-        "sila": {"log-partitions": 4 * BATCH},
-        "unequal": {"log-partitions": 4 * BATCH},
-        "dml": {"logits": 4 * BATCH * CLASSES},
-        "sila+dml": {"logits": 4 * BATCH * CLASSES},
-    }.get(name, {"BatchNorm statistics": statistics, "gradients": 4 * parameters}) | {"wishes to stop or save": 8}
-    for seen in notes:
-        steps = seen[run.key]["steps"]
-        assert steps == 8
-        assert seen[run.key]["sent"] == {kind: 8 * count for kind, count in expected.items()}
-    printed = ", ".join(f"{kind} {count:,}" for kind, count in expected.items())
-    assert f"{run}: each process sent in a step: {printed} bytes" in done.stderr
-
-
-def test_the_layout_is_named_and_the_first_process_alone_talks(together):
-    done, _, _ = together
-    for run in (*NETWORKS.values(), *BATCHES.values()):
-        named = f"{run}: {NETWORK if run in NETWORKS.values() else DATA} on 2 processes"
-        assert done.stderr.count(named) == 1
+    assert done.returncode == 0, done.stderr
+    for run in NETWORKS.values():
+        assert [seen[run.key]["steps"] for seen in notes] == [8, 8]
+        assert done.stderr.count(f"{run}: network-parallel on 2 processes") == 1
         assert sum("runs, " in line and f"{run}: top-1" in line for line in done.stderr.splitlines()) == 1
 
 
-def test_a_batch_that_cannot_be_split_fails_alone(together):
-    done, _, folder = together
-    assert done.returncode == 1  # torchrun's own, whatever its processes return
-    message = "a batch of 15 cannot be split evenly over 2 processes: use fewer"
-    assert f"1 of 7 runs failed, the first: {UNEVEN}: {message}" in done.stderr
-    assert not (folder / UNEVEN.key / "result.json").exists()
-    with pytest.raises(UserError, match=message):
-        layout(UNEVEN, 2)
+def test_more_processes_than_networks_are_refused_in_one_line(tmp_path):
+    done, notes = torchrun(tmp_path, "alone")
+    message = "torchrun started 2 processes, but no run here has more than 1 network: use --nproc-per-node 1"
+    assert done.stderr.count(f"silalib: error: {message}\n") == 1
+    assert notes == [{}, {}] and not (tmp_path / "quick").exists()
 
 
-def test_the_layout_that_fits():
-    pair, three = Run(), Run(nets=("resnet18",) * 3)
-    assert layout(pair, 2) == layout(three, 3) == NETWORK
-    assert layout(pair, 4) == layout(three, 2) == layout(Run(nets=("resnet18",), method="ind"), 2) == DATA
-
-
-def test_a_signal_to_one_process_stops_all_and_both_layouts_go_on(together, alone, tmp_path):
-    networks, batches = NETWORKS["sila"], BATCHES["one network"]
+def test_a_signal_to_one_process_stops_all_and_they_go_on(together, tmp_path):
+    run, next_run = NETWORKS["sila"], NETWORKS["dml"]
     done, notes = torchrun(tmp_path, "two", "5")
     assert "stopped with 2 of 2 runs left; start again to go on" in done.stderr
-    assert [seen[networks.key]["steps"] for seen in notes] == [6, 6]
+    assert [seen[run.key]["steps"] for seen in notes] == [6, 6]
     folder = tmp_path / "quick" / "runs"
-    assert {p.name for p in (folder / networks.key).glob("*.pt")} == {"checkpoint.pt", "checkpoint.1-6.pt"}
-    assert {p.name for p in (folder / batches.key).glob("*.pt")} == {"checkpoint.pt"}
+    assert {p.name for p in (folder / run.key).glob("*.pt")} == {"checkpoint.pt", "checkpoint.1-6.pt"}
+    assert {p.name for p in (folder / next_run.key).glob("*.pt")} == {"checkpoint.pt", "checkpoint.1-1.pt"}
 
-    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
+    elsewhere = shutil.copytree(folder / run.key, tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"was written by torchrun --nproc-per-node 2: go on like that, or delete it"):
-        trainer.train(networks, elsewhere / networks.key, "cpu")
-    # a part of the batches is no other state than one process has
-    assert_equal(trainer.train(batches, elsewhere / batches.key, "cpu"), alone(batches), 1e-4)
-
+        trainer.train(run, elsewhere, "cpu")
     ranks = Ranks()
-    ranks.layout, ranks.rank, ranks.size = NETWORK, 1, 2
-    ranks.from_first = lambda _: (elsewhere / networks.key / "checkpoint.pt", 6)
-    own = elsewhere / networks.key / "checkpoint.1-6.pt"
+    ranks.parallel, ranks.rank, ranks.size = True, 1, 2
+    ranks.broadcast = lambda _: (elsewhere / "checkpoint.pt", 6)
+    own = elsewhere / "checkpoint.1-6.pt"
     own.write_bytes(own.read_bytes()[:-1])
-    with pytest.raises(Damaged, match=r"checkpoint.1-6.pt is damaged: delete checkpoint\*.pt beside it"):
-        trainer.train(networks, elsewhere / networks.key, "cpu", ranks=ranks)
+    with pytest.raises(CorruptFile, match=r"checkpoint.1-6.pt is damaged: delete checkpoint\*.pt beside it"):
+        trainer.train(run, elsewhere, "cpu", ranks=ranks)
 
-    latest, previous = (folder / batches.key / name for name in CHECKPOINTS)
-    latest.replace(previous)
-    latest.write_bytes(b"damaged")
     done, notes = torchrun(tmp_path, "two")
     assert done.returncode == 0, done.stderr
-    assert [seen[networks.key]["first"] for seen in notes] == [6, 6]
-    assert [seen[batches.key]["first"] for seen in notes] == [1, 1]
-    assert latest.with_name("checkpoint.pt.corrupt").read_bytes() == b"damaged"
+    assert [seen[run.key]["first"] for seen in notes] == [6, 6]
+    assert [seen[next_run.key]["first"] for seen in notes] == [1, 1]
     assert not list(folder.glob("*/*.pt"))
-    for run in (networks, batches):
-        record = load_folder(run, folder / run.key)
-        assert_equal(record, load_folder(run, together[2] / run.key), 0)
-        assert record.read("weights.safetensors") == (together[2] / run.key / "weights.safetensors").read_bytes()
+    for each in (run, next_run):
+        record, whole = (load_folder(each, place / each.key) for place in (folder, together[2]))
+        assert_equal(record, whole, 0)
+        assert record.read("weights.safetensors") == whole.read("weights.safetensors")
 
 
 @pytest.mark.parametrize("environment, closing", [({}, "closing\n"), ({"TORCHELASTIC_RUN_ID": "none"}, "")])
@@ -220,18 +187,17 @@ def one_of_two(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
 
 
-def test_workers_are_refused(one_of_two, tmp_path):
+def test_workers_are_refused(one_of_two):
     with pytest.raises(UserError, match="leave out --workers"):
-        launch.train_all([NETWORKS["sila"]], tmp_path, "cpu", 2, None, False, False)
+        ensure([NETWORKS["sila"]], device="cpu", workers=2)
 
 
-def test_an_unknown_error_ends_the_process_for_which_others_may_wait(one_of_two, results, monkeypatch):
+def test_an_unknown_error_ends_the_process_for_which_others_may_wait(one_of_two, results):
     def fail(*_, **__):
         raise RuntimeError("a bad kernel")
 
-    monkeypatch.setattr(launch.torchrun, "train", fail)
-    run, folder = NETWORKS["sila"], results / "quick" / "runs"
-    job = launch.Job(folder, "cpu", 1, None, False, False)
+    run = NETWORKS["sila"]
+    job = workers.Job(results / "quick" / "runs", "cpu", train_by=fail)
     with pytest.raises(SystemExit, match="RuntimeError: a bad kernel"):
-        launch.attempt(job, run, lambda: False, lambda **_: None)
+        workers.attempt(job, run, lambda: False, lambda **_: None)
     assert "in fail" in failure(run)["traceback"]

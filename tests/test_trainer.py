@@ -1,29 +1,35 @@
 """Training against a plain loop written from the paper; initial weights, resume, statistics, divergence."""
 
 import hashlib
+import inspect
 import json
 import math
 import random
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 
+import conftest
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load as load_tensors
 
-from silalib import data, speed, trainer
-from silalib.augment import epoch_plan
+from silalib import data
+from silalib.data.augment import epoch_plan
 from silalib.errors import Stopped, UserError
 from silalib.losses import METHODS
 from silalib.models import MODELS
-from silalib.runs import Run, load_network
-from silalib.trainer import STATISTICS, build, learning_rate, pick_device, precision, statistics
+from silalib.records import load_network
+from silalib.run import Run
+from silalib.training import checkpoint, execution, measure, trainer
+from silalib.training.execution import Speed, pick_device, precision
+from silalib.training.metrics import STATISTICS, statistics
+from silalib.training.trainer import build, learning_rate
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("in_float32")
+train = partial(conftest.train, bf16=False)  # what is compared to the last digits is not rounded to bfloat16
 
 
 # -- the learning rate
@@ -227,10 +233,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_is_a_plain_loop(case, tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(MODELS, "smooth", smooth_network)
+def test_training_is_a_plain_loop(case, tiny, tmp_path, own_models):
+    own_models["smooth"] = smooth_network
     run = tiny(**{"nets": ("smooth",) * 2, "weight_decay": 0.05, "epochs": 3} | CASES[case])
-    record = trainer.train(run, tmp_path / "run", "cpu")
+    record = train(run, tmp_path / "run")
     nets, rows = plain_training(run)
 
     trained = load_tensors(record.read("weights.safetensors"))
@@ -252,12 +258,33 @@ def test_training_is_a_plain_loop(case, tiny, tmp_path, monkeypatch):
         assert {k: ours[k] for k in expected} == near
 
 
+def test_the_loop_needs_no_data_set(tiny, tmp_path, data_folder):
+    """What it trains on comes from its material: here from two tensors, where no data set is."""
+    run = tiny(dataset="cifar100", noise_images=10, noise_sigmas=1, noise_draws=1)
+    images = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = data.Split(images, torch.arange(64) % 100)
+    material = trainer.Material(run, CPU, {"train": split, "test": split})
+    training = trainer.Training(run, CPU, Speed(bf16=False), material=material)
+    pauses = checkpoint.Pauses(training, tmp_path)
+    training.fit(pauses)
+    result, files = measure.final(training, pauses)
+    assert training.step == 4 and [head["best_epoch"] in (1, 2) for head in result["heads"]] == [True, True]
+    assert {"history.csv", "test.npz", "noise.csv", "features.npz", "weights.safetensors"} == set(files)
+    assert not data_folder.exists()
+
+
+def test_the_loop_fits_on_a_screen():
+    """Of one loop for every method and every network, all that a step is."""
+    loop = (trainer.Training.fit, trainer.Training.set_step, trainer.Training.update, trainer.Training.forward)
+    assert sum(len(inspect.getsource(part).splitlines()) for part in (*loop, trainer.Material.epoch)) <= 80
+
+
 @pytest.mark.parametrize("nets", [("convnet12",) * 2, ("vgg13",) * 2])
 @pytest.mark.parametrize("method, changes", [("sila", {"coupling": 0}), ("ind", {})])
 def test_net1_without_coupling_is_the_network_trained_alone(nets, method, changes, tiny, tmp_path):
     """To the last bit, dropout included: the pairing by seed compares methods and nothing else."""
-    pair = trainer.train(tiny(nets=nets, method=method, epochs=1, **changes), tmp_path / "pair", "cpu")
-    alone = trainer.train(tiny(nets=nets[:1], method="ind", epochs=1), tmp_path / "alone", "cpu")
+    pair = train(tiny(nets=nets, method=method, epochs=1, **changes), tmp_path / "pair")
+    alone = train(tiny(nets=nets[:1], method="ind", epochs=1), tmp_path / "alone")
     a, b = (load_tensors(r.read("weights.safetensors")) for r in (pair, alone))
     assert all(torch.equal(a[k], b[k]) for k in b)
     columns = [c for c in alone.history.columns if c != "gap" and "seconds" not in c]
@@ -270,10 +297,10 @@ def test_training_leaves_the_global_generators(tiny, tmp_path):
     states = lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
     torch.manual_seed(5)
     before = states()
-    first = trainer.train(tiny(nets=("vgg13",), epochs=1), tmp_path / "a", "cpu")
+    first = train(tiny(nets=("vgg13",), epochs=1), tmp_path / "a")
     assert states() == before
     torch.manual_seed(99)
-    second = trainer.train(tiny(nets=("vgg13",), epochs=1), tmp_path / "b", "cpu")
+    second = train(tiny(nets=("vgg13",), epochs=1), tmp_path / "b")
     assert first.read("weights.safetensors") == second.read("weights.safetensors")
 
 
@@ -289,12 +316,12 @@ class Masked(torch.nn.Module):
         return self.fc(x.flatten(1))
 
 
-def test_dropout_differs_by_slot_and_step_and_not_by_method(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(MODELS, "masked", Masked)
+def test_dropout_differs_by_slot_and_step_and_not_by_method(tiny, tmp_path, own_models):
+    own_models["masked"] = Masked
     masks = {}
     for method in METHODS:
         Masked.seen = {True: [], False: []}
-        trainer.train(tiny(nets=("masked",) * 2, method=method), tmp_path / method, "cpu")
+        train(tiny(nets=("masked",) * 2, method=method), tmp_path / method)
         assert set(Masked.seen[False]) == {(1.0,) * 64}
         masks[method] = Masked.seen[True]
     assert len(set(masks["ind"])) == len(masks["ind"]) == 2 * 4  # two slots, four steps
@@ -317,26 +344,25 @@ def with_dropout(tiny):
 
 @pytest.fixture(scope="module")
 def uninterrupted(with_dropout, tmp_path_factory):
-    return trainer.train(with_dropout, tmp_path_factory.mktemp("whole") / "run", "cpu")
+    return train(with_dropout, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.mark.parametrize("step", [1, 4, 6, 8])  # of 8, four an epoch: in an epoch, at an epoch's end, at the end
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(step, with_dropout, uninterrupted, comparable, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(Stopped, match=f"enough; step {step} of 8 is saved"):
-        trainer.train(with_dropout, folder, "cpu", stop=stop_after(step))
+        train(with_dropout, folder, stop=stop_after(step))
     assert "checkpoint.pt" in (names := {path.name for path in folder.iterdir()})
     assert names <= {"checkpoint.pt", "checkpoint.previous.pt"}
     torch.manual_seed(99)
     asked = []
-    record = trainer.train(with_dropout, folder, "cpu", stop=lambda: asked.append(1))
+    record = train(with_dropout, folder, stop=lambda: asked.append(1))
     assert len(asked) == 8 - step  # only what was left
     assert comparable(record) == comparable(uninterrupted)
     assert not (folder / "checkpoint.pt").exists()
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(with_dropout, uninterrupted, comparable, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", -1)  # one after every step
+def test_a_killed_run_goes_on_from_its_last_checkpoint(with_dropout, uninterrupted, comparable, tmp_path):
     asked = iter(range(1, 10))
 
     def die():
@@ -344,9 +370,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(with_dropout, uninterrupt
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(with_dropout, tmp_path / "run", "cpu", stop=die)
+        train(with_dropout, tmp_path / "run", stop=die, checkpoint_seconds=-1)  # a checkpoint after every step
     asked = []
-    record = trainer.train(with_dropout, tmp_path / "run", "cpu", stop=lambda: asked.append(1))
+    record = train(with_dropout, tmp_path / "run", stop=lambda: asked.append(1))
     assert len(asked) == 8 - 5
     assert comparable(record) == comparable(uninterrupted)
 
@@ -354,41 +380,52 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(with_dropout, uninterrupt
 def test_resume_says_where_it_goes_on(tiny, tmp_path):
     run = tiny()
     with pytest.raises(Stopped):
-        trainer.train(run, tmp_path, "cpu", stop=stop_after(3))
+        train(run, tmp_path, stop=stop_after(3))
     messages = []
-    trainer.train(run, tmp_path, "cpu", progress=lambda **m: messages.append(m))
+    train(run, tmp_path, progress=lambda **m: messages.append(m))
     assert messages[0] == {"run": run, "step": 3, "total": 4, "resumed": True}
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
     with pytest.raises(Stopped):
-        trainer.train(tiny(), tmp_path, "cpu", stop=stop_after(1))
+        train(tiny(), tmp_path, stop=stop_after(1))
     with pytest.raises(UserError, match=r"checkpoint.pt is of another configuration: delete it"):
-        trainer.train(tiny(lr=0.2), tmp_path, "cpu")
+        train(tiny(lr=0.2), tmp_path)
 
 
-@pytest.mark.parametrize("hurry, gives_up", [(100, True), (1200, False)])
-def test_a_run_that_would_not_end_in_time_gives_up(hurry, gives_up, tiny, tmp_path, monkeypatch):
-    """40 steps of 10 s after a first one of 500 s, in which algorithms are searched for: 890 s, not 40 times 500."""
-    now, steps = [0.0], []
+@pytest.mark.parametrize("time_limit, gives_up", [(1400, True), (1500, False)])
+def test_a_run_that_would_not_end_in_time_gives_up(time_limit, gives_up, tiny, tmp_path):
+    """100 steps, of 10 s after a first one of 500 s, in which algorithms are searched for: 1490 s in all."""
+    now = 0.0
+    training = trainer.Training(tiny(epochs=50), CPU, Speed())
+    pauses = checkpoint.Pauses(training, tmp_path, time_limit=time_limit, clock=lambda: now)
+    stopped = False
+    while training.step < training.total and not stopped:
+        now += 10 if training.step else 500
+        training.step += 1
+        try:
+            pauses.after_step()
+        except Stopped as error:
+            assert "it would not end in the budget; step 51 of 100 is saved" in str(error)
+            stopped = True
+    assert stopped == gives_up
+    assert (tmp_path / "checkpoint.pt").exists()
 
-    def update(self, *batch):
-        steps.append(self.step)
-        now[0] += 10 if len(steps) > 1 else 500
-        real(self, *batch)
 
-    real = trainer.Training.update
-    monkeypatch.setattr(trainer.Training, "update", update)
-    monkeypatch.setattr(trainer, "PROBE_STEPS", 3)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0], process_time=lambda: 0.0))
-    run = tiny(epochs=20)
-    if gives_up:
-        with pytest.raises(Stopped, match="would not end in the budget"):
-            trainer.train(run, tmp_path, "cpu", hurry=hurry)
-        assert len(steps) == 4  # the first after the clock was started
-        assert (tmp_path / "checkpoint.pt").exists()
-    else:
-        assert trainer.train(run, tmp_path, "cpu", hurry=hurry).heads
+def test_a_checkpoint_of_another_format_is_left_behind(uninterrupted, with_dropout, comparable, tmp_path):
+    with pytest.raises(Stopped):
+        train(with_dropout, tmp_path / "run", stop=stop_after(3))
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = checkpoint.read_checkpoint(path, "cpu")
+    del state["format"], state["cpu_seconds"]  # as older versions wrote it
+    path.write_bytes(checkpoint.checkpoint_bytes(state))
+    messages, asked = [], []
+    record = train(
+        with_dropout, tmp_path / "run", stop=lambda: asked.append(1), progress=lambda **m: messages.append(m)
+    )
+    assert messages[0]["text"] == f"{path} is of another version of silalib: the run starts anew"
+    assert ["text" in m for m in messages].count(True) == 1 and len(asked) == 8
+    assert comparable(record) == comparable(uninterrupted)
 
 
 # -- divergence
@@ -397,7 +434,7 @@ def test_a_run_that_would_not_end_in_time_gives_up(hurry, gives_up, tiny, tmp_pa
 def test_divergence_is_no_record(tiny, tmp_path):
     run = tiny(lr=1e6)
     with pytest.raises(trainer.Diverged, match="not finite in epoch 1") as caught:
-        trainer.train(run, tmp_path / "run", "cpu")
+        train(run, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "result.json").exists()
 
@@ -406,13 +443,13 @@ def test_divergence_in_the_last_step_is_no_record(tiny, tmp_path):
     """The loss of the only step is finite, the network that it leaves is not."""
     run = tiny(lr=1e6, epochs=1, batch_size=64)
     with pytest.raises(trainer.Diverged, match="not finite"):
-        trainer.train(run, tmp_path / "run", "cpu")
+        train(run, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="batch size 2000 is above the 1297 training images"):
-        trainer.train(tiny(train_size=None, batch_size=2000), tmp_path, "cpu")
+        train(tiny(train_size=None, batch_size=2000), tmp_path)
 
 
 # -- what is recorded
@@ -472,7 +509,7 @@ def test_history(record):
 
 
 def test_best_epoch_is_the_first_of_the_highest(tiny, tmp_path):
-    record = trainer.train(tiny(epochs=4, lr=0.02, nets=("mobilenet",) * 2), tmp_path / "run", "cpu")
+    record = train(tiny(epochs=4, lr=0.02, nets=("mobilenet",) * 2), tmp_path / "run")
     for head, values in enumerate(record.heads):
         curve = record.history.loc[record.history["head"] == head, "test_top1"].tolist()
         assert values["best"] == max(curve)
@@ -552,7 +589,7 @@ def test_curvature(record):
 
 
 def test_what_was_not_asked_for_is_not_there(tiny, tmp_path):
-    record = trainer.train(tiny(nets=("mobilenet",), method="ind", epochs=1), tmp_path / "run", "cpu")
+    record = train(tiny(nets=("mobilenet",), method="ind", epochs=1), tmp_path / "run")
     assert set(record.result["files"]) == {"history.csv", "test.npz", "weights.safetensors", "run.json"}
     assert "curvature" not in record.heads[0]
     for name in ("noise", "features"):
@@ -576,7 +613,7 @@ def test_provenance(record):
 def test_progress_hears_of_every_epoch(tiny, tmp_path):
     messages = []
     run = tiny()
-    trainer.train(run, tmp_path, "cpu", progress=lambda **m: messages.append(m))
+    train(run, tmp_path, progress=lambda **m: messages.append(m))
     epochs = [m for m in messages if "top1" in m]
     assert [(m["run"], m["step"], m["total"]) for m in epochs] == [(run, 2, 4), (run, 4, 4)]
     assert all(len(m["top1"]) == 2 for m in epochs)
@@ -603,9 +640,9 @@ def test_bfloat16_pays_where_there_are_units_for_it(units, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: units and not including_emulation)
     for device in (CPU, CUDA):
-        assert speed.bfloat16_pays(device) == speed.fast(device).half == units
+        assert execution.bfloat16_pays(device) == execution.fast(device).bf16 == units
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not speed.bfloat16_pays(CPU)
+    assert not execution.bfloat16_pays(CPU)
 
 
 @pytest.mark.parametrize("net", MODELS)
@@ -621,16 +658,14 @@ def test_precision_of_every_network_on_every_kind_of_device(net):
         assert precision(net, device, False) == torch.float32
 
 
-def test_precision_is_decided_for_each_network(tiny, tmp_path, monkeypatch):
+def test_precision_is_decided_for_each_network(tiny):
     """Beside a network that stays in float32, one that runs in bfloat16 still does; logits are never rounded to it."""
-    monkeypatch.setattr(trainer, "precision", lambda net, *_: torch.bfloat16 if net == "vgg13" else torch.float32)
-    run = tiny(nets=("convnet12", "vgg13"))
-    training = trainer.Training(run, tmp_path, CPU, lambda: None, lambda **m: None, None)
+    training = trainer.Training(tiny(nets=("convnet12", "vgg13")), CPU, Speed(bf16=True))
     alone, rounded = training.predict(training.splits["test"].images)
     assert alone.dtype == rounded.dtype == torch.float32
     assert not torch.equal(rounded, rounded.bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
-        images = training.normalise(training.splits["test"].images.permute(0, 3, 1, 2))
+        images = training.material.inputs(training.splits["test"].images)
         with torch.no_grad():
             assert torch.allclose(alone, training.nets[0].eval()(images), atol=1e-4)
             exact = training.nets[1].eval()(images)
@@ -647,11 +682,11 @@ def exits_run(tiny, **changes):
 
 @pytest.fixture(scope="module")
 def with_exits(tiny, tmp_path_factory):
-    return trainer.train(exits_run(tiny), tmp_path_factory.mktemp("exits") / "run", "cpu")
+    return train(exits_run(tiny), tmp_path_factory.mktemp("exits") / "run")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_exits_train_as_in_a_plain_loop(method, tiny, tmp_path, monkeypatch):
+def test_exits_train_as_in_a_plain_loop(method, tiny, tmp_path, own_models):
     def smooth(*arguments, **blocks):  # see smooth_network
         network = original(*arguments, **blocks)
         for m in list(network.modules()):
@@ -661,7 +696,7 @@ def test_exits_train_as_in_a_plain_loop(method, tiny, tmp_path, monkeypatch):
         return network
 
     original = MODELS["msdnet_anytime"]
-    monkeypatch.setitem(MODELS, "msdnet_anytime", smooth)
+    own_models["msdnet_anytime"] = smooth
     # seed 1: with seed 0 float32 and float64 of the loop below differ by 1% of one weight's way under mean-peer
     run = exits_run(tiny, method=method, lr=0.02, weight_decay=0.01, batch_size=16, epochs=1, milestones=(), seed=1)
     split = data.splits(run, CPU)[0]["train"]
@@ -678,7 +713,7 @@ def test_exits_train_as_in_a_plain_loop(method, tiny, tmp_path, monkeypatch):
         optimizer.zero_grad()
         plain_loss(method, list(network(x)), split.labels[order[chosen]], (1, 1, 1), 1).backward()
         optimizer.step()
-    record = trainer.train(run, tmp_path / "run", "cpu")
+    record = train(run, tmp_path / "run")
     trained, start = load_tensors(record.read("weights.safetensors")), build(run, 0).state_dict()
     for key, expected in network.state_dict().items():
         moved = (expected - start[key]).double().norm()
@@ -727,13 +762,13 @@ def test_held_out_images_are_kept_as_they_are_and_exactly(with_exits):
 
 def test_exits_resume_where_they_were_stopped(tiny, with_exits, comparable, tmp_path):
     with pytest.raises(Stopped, match="step 3 of 4 is saved"):
-        trainer.train(exits_run(tiny), tmp_path / "run", "cpu", stop=stop_after(3))
-    assert comparable(trainer.train(exits_run(tiny), tmp_path / "run", "cpu")) == comparable(with_exits)
+        train(exits_run(tiny), tmp_path / "run", stop=stop_after(3))
+    assert comparable(train(exits_run(tiny), tmp_path / "run")) == comparable(with_exits)
 
 
 def test_load_network_gives_every_exit(tiny, results):
     run = exits_run(tiny, epochs=1)
-    record = trainer.train(run, results / "quick" / "runs" / run.key, "cpu")
+    record = train(run, results / "quick" / "runs" / run.key)
     whole = data.load("digits")
     with torch.no_grad():
         exits = load_network(run)(whole.test_images)

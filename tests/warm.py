@@ -6,4 +6,4 @@ from pathlib import Path
 import killable
 
 with tempfile.TemporaryDirectory() as folder:
-    killable.trainer.train(killable.Run(**killable.TINY), Path(folder) / "run", "cpu")
+    killable.train(Path(folder) / "run", Path(folder) / "log", {})

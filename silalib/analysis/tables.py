@@ -1,0 +1,382 @@
+"""The paper's printed numbers, our records as data frames beside them, and the words of captions."""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .. import data
+from ..experiments import table1
+from ..losses import LABELS
+from ..models import MODELS, NAMES, count_macs, count_parameters
+from ..records import failure
+from ..training.execution import precision
+from ..training.provenance import device_kind
+from .statistics import Pair, describe_difference, interval, paired, plus_minus
+
+METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
+"""Metric -> the paper's column; all but NLL in percent."""
+
+COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
+
+HEAD = ["run", "method", "seed", "net", "network", *METRICS, "ece", "nll_scaled", "ece_scaled", "parameters", "macs"]
+HEAD += ["train_nll", "train_ece", "test_concentration", "train_concentration"]
+HEAD += [f"curvature_{name}" for name in ("absolute", "filter", "absolute_residual", "filter_residual")]
+HEAD += [f"ensemble_{field}" for field in ("top1", "top5", "nll", "ece", "nll_scaled", "disagreement", "divergence")]
+"""Columns that `heads` always has: older records lack some, and not all are measured of each run."""
+
+
+def reported(table):
+    """The paper's numbers of "table1", "table2" or "table3" as a data frame; an empty cell is not printed.
+
+    "networks" gives the documented sizes of the networks.
+    """
+    return pd.read_csv(files("silalib.analysis") / "reported" / f"{table}.csv")
+
+
+def measured(grid, records, metrics, exhibit=""):
+    """One row per network row, metric and seed of a table's grid: what our records hold, NaN where there is none.
+
+    IND's pair counts as two single networks of one kind, and stands under their name, as the paper's IND does.
+    Columns: exhibit, dataset (its title), pair, method, net (1 or 2), network, metric, seed, value, run.
+    """
+    rows = []
+    for run in grid:
+        pair = "+".join(NAMES[net] for net in (run.nets if run.method != "ind" else run.nets[:1]))
+        shared = [exhibit, data.dataset(run.dataset).title, pair, run.method]
+        for head, net in enumerate(run.nets):
+            values = records[run].heads[head] if run in records else dict.fromkeys(metrics, np.nan)
+            rows += [[*shared, head + 1, NAMES[net], metric, run.seed, values[metric], run] for metric in metrics]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def printed(table):
+    """The paper's own numbers in the form of `measured`; its single number counts as seed 0 of no run."""
+    methods = {label: method for method, label in LABELS.items()}
+    rows = []
+    for line in reported(table).to_dict("records"):
+        pair = line["net1"] if pd.isna(line["net2"]) else f"{line['net1']}+{line['net2']}"
+        shared = [table, line["dataset"], pair, methods[line["method"]], int(line["net"][-1]), line["model"]]
+        rows += [[*shared, m, 0, line[m], None] for m in METRICS if not pd.isna(line.get(m, np.nan))]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def in_the_paper(frame, paper):
+    """For each row of `measured` the data set that `printed` has beside it: its own, or the first for a stand-in."""
+    return frame["dataset"].where(frame["dataset"].isin(paper["dataset"]), paper["dataset"].iloc[0])
+
+
+def gains(frame, method=None, over="ind"):
+    """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
+
+    IND is Net_c of the same network's own pair, or its one network where it was trained alone, as in the paper; any
+    other method is that of the same network of the same pair. Paired by seed; a row without a counterpart in the frame
+    is left out, and one with a missing value has the gain NaN. Adds the columns gain, run_over and net_over.
+    Without a method: all rows, where IND's own and those without a counterpart have the gain NaN.
+    """
+    keys = ["exhibit", "dataset", "network", "metric", "seed", "net"] + ([] if over == "ind" else ["pair"])
+    baseline = frame[frame["method"] == over].assign(net_over=lambda rows: rows["net"])
+    if over == "ind":  # what has no second network stands beside both
+        first = baseline[baseline["net"] == 1]
+        baseline = pd.concat([baseline, *(first.assign(net=slot) for slot in frame["net"].unique())])
+    baseline = baseline[[*keys, "value", "run", "net_over"]].drop_duplicates(keys)
+    chosen, how = (frame[frame["method"] == method], "inner") if method else (frame, "left")
+    merged = chosen.merge(baseline, how, on=keys, suffixes=("", "_over"))
+    gain = (merged["value"] - merged["value_over"]).astype(float) * np.where(merged["metric"] == "nll", -1, 1)
+    return merged.assign(gain=gain.where(merged["method"] != over))
+
+
+def effect(name, unit, better, records=None, metric=None):
+    """The `Effect` of rows that `gains` gives, in one metric; without it the mean of top-1 and the signs of all."""
+    pairs = []
+    for row in better.itertuples():
+        cell = row.exhibit, row.dataset, row.pair, row.net, row.metric
+        pairs.append(Pair(cell, row.seed, row.gain, row.run, row.run_over, row.net - 1, row.net_over - 1))
+    shown = metric or "top1"
+    found = paired(name, unit, [pair for pair in pairs if pair.cell[-1] == shown], records, shown)
+    signs = found if metric else paired(name, unit, pairs)
+    return replace(found, wins=signs.wins, total=signs.total, missing=signs.missing)
+
+
+def cells(grid, records, metrics, table=None):
+    """`measured` with gains, and the paper's numbers beside: a row per network row, metric and seed of a table.
+
+    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Adds the columns gain over IND of
+    the same network, data set, seed and net (positive is better) with run_over and net_over, failed (where training
+    failed, in words), paper and paper_gain. Methods are spelled as in the paper; a stand-in has the paper's first data
+    set beside it. Net2 of IND's pair is a baseline and no row.
+    """
+    frame = gains(measured(grid, records, metrics))
+    frame = frame[(frame["method"] != "ind") | (frame["net"] == 1)]
+    if table:
+        keys, paper = ["beside", "pair", "method", "net", "metric"], printed(table)
+        numbers = gains(paper).rename(columns={"dataset": "beside", "value": "paper", "gain": "paper_gain"})
+        frame = frame.assign(beside=in_the_paper(frame, paper))
+        frame = frame.merge(numbers[[*keys, "paper", "paper_gain"]], "left", keys)
+    else:
+        frame = frame.assign(paper=np.nan, paper_gain=np.nan)
+    failed = {run: "" if run in records else failed_at(run) for run in grid}
+    return frame.assign(method=frame["method"].map(LABELS), failed=frame["run"].map(failed))
+
+
+def failed_at(run):
+    """Of a run that has failed, where: "seed 0 failed: epoch 2, step 12, lr 0.1"; of any other ""."""
+    if not (found := failure(run)):
+        return ""
+    place = f": epoch {found['epoch']}, step {found['step']}, lr {found['lr']:g}" if "lr" in found else ""
+    return f"seed {run.seed} failed{place}"
+
+
+def over_seeds(frame):
+    """`cells` summarised over seeds: mean and half-width of value and gain, n of each, and the paper's numbers."""
+    keys, rows = ["dataset", "pair", "method", "net", "network", "metric"], []
+    for key, group in frame.groupby(keys, sort=False):
+        values, gains = group["value"].dropna(), group["gain"].dropna()
+        row = [*key, len(values), *interval(values), *interval(gains), len(gains)]
+        rows.append([*row, "; ".join(filter(None, group["failed"].unique())), *group[["paper", "paper_gain"]].iloc[0]])
+    counted = ["n", "mean", "half", "gain", "gain_half", "gain_n", "failed", "paper", "paper_gain"]
+    return pd.DataFrame(rows, columns=[*keys, *counted])
+
+
+def score(frame, method, column="gain"):
+    """The `Effect` of a method over IND in `cells`: the mean of top-1, the signs of all metrics.
+
+    column: "gain" of our records or "paper_gain".
+    """
+    chosen = frame[frame["method"] == LABELS[method]]
+    if column == "paper_gain":  # it stands beside every seed; a cell that is not printed is not missing
+        chosen = chosen[(chosen["seed"] == chosen["seed"].min()) & chosen[column].notna()]
+    return effect(f"{LABELS[method]} over IND", "points", chosen.assign(gain=chosen[column]))
+
+
+def scores(frame, methods):
+    """A table to look at of `score` for each method: ours beside the paper's."""
+    rows = []
+    for method in methods:
+        row = {"method": LABELS[method]}
+        for whose, column in (("ours", "gain"), ("paper", "paper_gain")):
+            found = score(frame, method, column)
+            row[f"cells won, {whose}"] = found.cells or "not run"
+            row[f"mean top-1 gain, {whose}"] = found.number or "not run"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def verdicts(frame, methods):
+    """A line of Markdown for each method: whether its mean gain in top-1 can be told from zero over seeds."""
+    lines = []
+    for method in methods:
+        found = score(frame, method)
+        line = f"{LABELS[method]} beats IND in {found.wins} of {found.total} cells; its mean gain in top-1 is {found}: "
+        if found.missing:
+            line += f"inconclusive, with {found.total} of {found.total + found.missing} cells of the grid"
+        else:
+            line += describe_difference(found.mean, found.half_width, "IND")
+        lines.append(f"- {line}." if found.total else f"- {LABELS[method]}: not run.")
+    return "\n".join(lines)
+
+
+def comparison(summary, metrics, learned=0.0):
+    """A table of `over_seeds` to look at: for each metric our mean and interval, the paper's number, the gain over IND.
+
+    learned: a network whose IND stays under this top-1 is marked 'did not learn'. Returns a data frame of text with
+    two levels of columns; a row without records says 'not run', or 'failed', and where.
+    """
+    ind, rows = LABELS["ind"], []
+    top1 = summary[(summary["method"] == ind) & (summary["metric"] == "top1")].set_index("network")["mean"]
+    chosen = summary[summary["metric"].isin(metrics)]
+    for (pair, method, net, network), group in chosen.groupby(["pair", "method", "net", "network"], sort=False):
+        reason = group["failed"].iloc[0]
+        notes = ["(did not learn)"] if network in top1[top1 < learned] else []
+        notes = ([] if method == ind else [f"Net{net}"]) + notes + ([f"({reason})"] if reason else [])
+        row = {("", "Networks"): pair, ("", "Method"): method, ("", "Net"): " ".join(notes)}
+        for metric, cell in group.set_index("metric").loc[list(metrics)].iterrows():
+            title = METRICS[metric]
+            row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or ("failed" if reason else "not run")
+            row[title, "paper"] = plus_minus(cell["paper"], np.nan) or "-"
+            row[title, "gain"] = plus_minus(cell["gain"], cell["gain_half"], signed=True)
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    return frame
+
+
+def heads(grid, records):
+    """The finished runs of a grid as a data frame: a row per run and head, in the grid's order.
+
+    Columns: run, method, seed, net (the head, from 1), network, all of the head's fields in result.json and, with
+    "ensemble_" before them, those of its pair's ensemble. Nested ones are flattened (curvature_absolute); what a record
+    does not have is NaN.
+    """
+    rows = []
+    for run in (run for run in grid if run in records):
+        result = records[run].result
+        for slot, head in enumerate(result["heads"]):
+            row = head | dict(run=run, method=run.method, seed=run.seed, net=slot + 1)
+            rows.append(row | dict(network=NAMES[run.nets[run.slot(slot)]], ensemble=result.get("ensemble", {})))
+    frame = pd.json_normalize(rows, sep="_")
+    return frame.reindex(columns=list(dict.fromkeys([*HEAD, *frame.columns])))
+
+
+def difference(own, baseline, column, net=None):
+    """(mean, half-width) over seeds of a column in one part of `heads` minus that in another, paired by seed and net.
+
+    net: that network alone, else the mean over the networks. A baseline with a single network stands beside each.
+    Seeds that lack a value do not count.
+    """
+    keys = ["seed", "net"] if baseline["net"].nunique() > 1 else ["seed"]
+    chosen = own[own["net"] == net] if net else own
+    both = chosen.merge(baseline[[*keys, column]], on=keys, suffixes=("", "_over"), validate="many_to_one")
+    differences = both[column] - both[f"{column}_over"]
+    return interval(differences.groupby(both["seed"]).mean(skipna=False).dropna())
+
+
+def curves(grid, records, method, head=0, column="test_top1"):
+    """A column of the histories of a method's runs, as a data frame with a row per seed and a column per epoch."""
+    found = {run.seed: records[run].history for run in grid if run.method == method and run in records}
+    return pd.DataFrame({s: h[h["head"] == head].set_index("epoch")[column] for s, h in found.items()}).T
+
+
+def second_half(values):
+    """The mean of each row of `curves` over the second half of the epochs."""
+    return values.iloc[:, values.shape[1] // 2 :].mean(axis=1)
+
+
+def exit_curves(grid, records, curve):
+    """(dataset, blocks) of each network in a grid of MSDNets -> method -> seed -> curve(record).
+
+    Every network and method of the grid is there, in its order; one without records has no seeds.
+    """
+    found = {}
+    for run in grid:
+        seeds = found.setdefault((run.dataset, run.n_heads), {}).setdefault(run.method, {})
+        if run in records:
+            seeds[run.seed] = curve(records[run])
+    return found
+
+
+def at_costs(curve, costs):
+    """The top-1 (percent) of a curve (a data frame with macs and top1) at other costs, interpolated linearly."""
+    ordered = curve.sort_values("macs")
+    return np.interp(costs, ordered["macs"], ordered["top1"])
+
+
+def gains_at_equal_costs(curves, baselines, points=50):
+    """The gains in top-1 (points) of curves over others, paired by seed; shape (seeds, points).
+
+    The costs are the same for all seeds of a network: evenly spaced where all of its curves reach. Shape
+    (0, points) without curves, or without a cost that all reach.
+    """
+    every = [*curves, *baselines]
+    lowest = max((curve["macs"].min() for curve in every), default=np.inf)
+    highest = min((curve["macs"].max() for curve in every), default=-np.inf)
+    if lowest > highest:
+        return np.empty((0, points))
+    costs = np.linspace(lowest, highest, points)
+    return np.array([at_costs(curve, costs) - at_costs(other, costs) for curve, other in zip(curves, baselines)])
+
+
+def exit_networks(grid, records, learned=0.0):
+    """A table to look at of the MSDNets of a grid: what each is trained on, its size, its records, its last exit.
+
+    learned: a network whose last exit of IND stays under this top-1 is marked 'did not learn'.
+    """
+    rows = []
+    for (dataset, blocks), methods in exit_curves(grid, records, lambda record: record.heads).items():
+        first, *_ = runs = [run for run in grid if (run.dataset, run.n_heads) == (dataset, blocks)]
+        done = [heads for found in methods.values() for heads in found.values()]
+        last = [heads[-1]["top1"] for heads in methods.get("ind", {}).values()]
+        row = {"data": data.dataset(dataset).title, "blocks": blocks}
+        row["parameters, both methods"] = " and ".join(f"{n:,}" for n in {heads[0]["parameters"] for heads in done})
+        row |= {"training images": training_images(first), "held out": first.holdout, "epochs": first.epochs}
+        row |= {"width": f"{first.width:g}", "runs with a record": f"{len(done)} of {len(runs)}"}
+        weak = " (did not learn)" if last and np.mean(last) < learned else ""
+        rows.append(row | {"last exit of IND, top-1 (%)": plus_minus(*interval(last)) + weak or "not run"})
+    return pd.DataFrame(rows)
+
+
+def networks():
+    """Every network's parameters and forward MACs at its input size, counted, beside the documented figures.
+
+    A data frame of text; an empty cell is a figure that is not documented.
+    """
+    known = reported("networks").fillna("")
+    images = list(zip(known["channels"], known["size"], known["size"]))
+    with torch.device("meta"):
+        settings = zip(known["network"], known["classes"], known["channels"], known["width"], known["stem"])
+        built = [MODELS[name](*arguments) for name, *arguments in settings]
+    columns = {name: known[name] for name in ("network", "stem", "width", "classes")}
+    columns |= {"network": known["network"].map(NAMES), "width": known["width"].map("{:g}".format)}
+    columns["input"] = ["x".join(map(str, image)) for image in images]
+    columns["parameters"] = [f"{count_parameters(network):,}" for network in built]
+    columns["documented parameters"] = known["parameters"]
+    columns["million MACs"] = [f"{count_macs(*each) / 1e6:,.1f}" for each in zip(built, images)]
+    columns["documented million MACs"] = known["million_macs"]
+    return pd.DataFrame(columns)
+
+
+def mixed(records):
+    """In words, the data sets and seeds whose runs were not all trained on one kind of device and in one precision, so
+    that their differences are not those of the methods alone; "" where all were."""
+    kinds, precisions = defaultdict(set), defaultdict(set)
+    for run, record in records.items():
+        group, provenance = f"{data.dataset(run.dataset).title}, seed {run.seed}", record.result["provenance"]
+        for part in provenance.get("parts", [provenance]):
+            kinds[group].add(kind := device_kind(part))
+            if any(precision(net, torch.device(kind), True).itemsize < 4 for net in run.nets):
+                precisions[group].add("bfloat16" if "bfloat16" in part["precision"] else "float32")
+    unlike = {group: found if len(found) > 1 else precisions[group] for group, found in kinds.items()}
+    return "; ".join(f"{group} ({' and '.join(sorted(found))})" for group, found in unlike.items() if len(found) > 1)
+
+
+def not_run(grid, records):
+    """A line of Markdown for each data set with runs that have no record: how many, and how to get them; or ""."""
+    lines = []
+    for name, missing in Counter(run.dataset for run in grid if run not in records).items():
+        how = "they are not trained yet"
+        if not data.is_available(name):
+            how = "its data are not here, they are downloaded by training"
+            if data.dataset(name).prepared:
+                how = f"its data are not here: `python -m silalib data {name} --from DIR` prepares them from your own"
+                how += " copy, see `data/README.md`"
+        planned = sum(run.dataset == name for run in grid)
+        lines.append(f"**Not run:** {missing} of {planned} runs on {data.dataset(name).title}; {how}.\n")
+    return "\n".join(lines)
+
+
+def training_images(run):
+    """How many images a run is trained on, in words."""
+    return f"{run.train_size:,}" if run.train_size else f"all but {run.holdout:,}" if run.holdout else "all"
+
+
+def schedule(run):
+    """What a figure is labelled with beside its `title`: epochs, training images, width."""
+    return f"{run.epochs} epochs of {training_images(run)} training images, width {run.width:g}"
+
+
+def title(profile, dataset):
+    """What a figure or table is labelled with: the data it was trained on and the profile."""
+    stand_in = ", a stand-in for the real data" if profile == "quick" else ""
+    return f"{data.dataset(dataset).title}, profile {profile}{stand_in}"
+
+
+def unit(metrics):
+    """The units of some metrics, for a caption."""
+    return ", ".join(f"{METRICS[m]} in {'nats' if m == 'nll' else 'percent'}" for m in metrics)
+
+
+def scale(profile):
+    """A sentence about how far a profile is from the paper's schedule; "" for the paper's own."""
+    if profile == "paper":
+        return ""
+    ours, papers = (schedule(table1(p)[0]) for p in (profile, "paper"))
+    return f"Not the paper’s scale: Table 1, for one, is trained for {ours}; in the paper for {papers}."
+
+
+def stand_in(profile):
+    """Disclaimer of the quick profile; "" for any other."""
+    disclaimer = "These are stand-in data and tiny networks: they show that every part works and judge nothing"
+    return f"\n{disclaimer} in the paper." if profile == "quick" else ""

@@ -1,0 +1,237 @@
+"""AutoAugment's policy for CIFAR-10 (Cubuk et al. 2018), on a whole batch of uint8 images at once.
+
+The operations are those of torchvision.transforms.v2.AutoAugment with its defaults: magnitudes in ten bins, nearest
+neighbours, black where no pixel comes from. Each image has a sub-policy of its own, and for each of its two
+operations a coin and a sign of its own.
+"""
+
+from functools import lru_cache
+from math import cos, radians, sin
+from types import SimpleNamespace
+
+import torch
+
+POLICY = (
+    (("Invert", 0.1, None), ("Contrast", 0.2, 6)),
+    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
+    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)),
+    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
+    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+    (("Equalize", 0.6, None), ("Equalize", 0.5, None)),
+    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
+    (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
+    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
+    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+    (("Solarize", 0.5, 2), ("Invert", 0.0, None)),
+    (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
+    (("Equalize", 0.2, None), ("Equalize", 0.6, None)),
+    (("Color", 0.9, 9), ("Equalize", 0.6, None)),
+    (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)),
+    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)),
+    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)),
+    (("Equalize", 0.8, None), ("Invert", 0.1, None)),
+    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
+)
+"""The 25 sub-policies: two operations each, as (name, probability, bin of the magnitude)."""
+
+SIGNED = ("ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
+
+OPERATIONS = (
+    ("Identity", None, False),
+    *dict.fromkeys(
+        (name, level, negative)
+        for sub_policy in POLICY
+        for name, _, level in sub_policy
+        for negative in ((False, True) if name in SIGNED else (False,))
+    ),
+)
+"""All that can happen to an image in one step: (name, bin of the magnitude, whether the magnitude is negative)."""
+
+NAMES = tuple(dict.fromkeys(name for name, _, _ in OPERATIONS))
+
+
+def draw(n, generator):
+    """The random choices for n images: sub-policy (n,), and for both its operations applied (n, 2), negative (n, 2)."""
+    sub_policy = torch.randint(len(POLICY), (n,), generator=generator)
+    probability = torch.tensor([[p for _, p, _ in operations] for operations in POLICY])
+    applied = torch.rand(n, 2, generator=generator) < probability[sub_policy]
+    negative = torch.rand(n, 2, generator=generator) < 0.5
+    return sub_policy, applied, negative
+
+
+def autoaugment(images, sub_policy, applied, negative, fixed_shapes=None):
+    """Apply the choices of `draw` to uint8 images (B, H, W, C) of one or three channels; returns new images.
+
+    fixed_shapes: compute each operation for all images, so that nothing waits for the host to hear how many they are
+    and the step can be captured in a graph. By default so on a GPU; on a CPU the other way is several times faster.
+    """
+    fixed_shapes = images.device.type != "cpu" if fixed_shapes is None else fixed_shapes
+    constants = _constants(*images.shape[1:3], images.device)
+    for stage in range(2):
+        operation = constants.operation[sub_policy, stage, negative[:, stage].long()]
+        images = apply(images, torch.where(applied[:, stage], operation, 0), fixed_shapes)
+    return images
+
+
+def apply(images, operation, fixed_shapes=False):
+    """Apply to each of uint8 images (B, H, W, C) the operation of its index (B,) in OPERATIONS; returns new images."""
+    constants = _constants(*images.shape[1:3], images.device)
+    for family, function in enumerate(FAMILIES):
+        chosen = constants.family[operation] == family
+        if fixed_shapes:
+            images = torch.where(chosen[:, None, None, None], function(images, operation, constants), images)
+        elif len(rows := chosen.nonzero()[:, 0]):
+            images = images.index_put((rows,), function(images[rows], operation[rows], constants))
+    return images
+
+
+# The four families: each takes uint8 images (n, H, W, C), operations (n,) and the constants.
+
+
+def _map_levels(images, operation, constants):
+    """Operations on each level of each channel: one table (256,) per image and channel, and one gather for all."""
+    pixels = images.flatten(1, 2)
+    index = pixels.long()
+    levels = torch.arange(256, device=images.device)[:, None]
+    low, high = pixels.amin(1, keepdim=True), pixels.amax(1, keepdim=True)
+    stretched = ((levels - low.float()) / ((high - low) * (1 / 255))).clamp(0, 255)
+
+    count = torch.zeros(len(images), 256, images.shape[-1], dtype=torch.int32, device=images.device)
+    count.scatter_add_(1, index, count.new_ones(1).expand_as(index))
+    below = count.cumsum(1, dtype=torch.int32) - count
+    step = (pixels.shape[1] - count.gather(1, high.long())) // 255
+    equalized = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
+
+    own, other = constants.weights[operation].T[:, :, None, None]
+    contrasted = (levels * own + _grey(images).mean((1, 2))[:, None] * other).clamp(0, 255)
+
+    table = constants.table[operation][:, :, None].expand_as(count)
+    name = constants.name[operation][:, None, None]
+    for kind, possible, tables in [
+        ("AutoContrast", low < high, stretched),
+        ("Equalize", step > 0, equalized),
+        ("Contrast", True, contrasted),
+    ]:
+        table = torch.where((name == NAMES.index(kind)) & possible, tables.to(torch.uint8), table)
+    return table.gather(1, index).view_as(images)
+
+
+def _move(images, operation, constants):
+    """Shear, translate and rotate: every pixel takes the value of another, or black."""
+    return move(images, constants.source[operation], constants.inside[operation])
+
+
+def nearest(y, x, height, width):
+    """Numbers (..., H * W) of the pixels nearest to coordinates (..., H, W), and whether they lie in the image."""
+    row, column = y.round().long(), x.round().long()
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return torch.where(inside, row * width + column, 0).flatten(-2), inside.flatten(-2)
+
+
+def move(images, source, inside):
+    """uint8 images (B, H, W, C) of the pixels `source` (B, H * W), black where not `inside`."""
+    moved = images.flatten(1, 2).gather(1, source[:, :, None].expand(-1, -1, images.shape[-1]))
+    return (moved * inside[:, :, None]).view_as(images)
+
+
+def _saturate(images, operation, constants):
+    if images.shape[-1] == 1:
+        return images
+    own, other = constants.weights[operation].T[:, :, None, None, None]
+    return (images * own + _grey(images) * other).clamp(0, 255).to(torch.uint8)
+
+
+def _sharpen(images, operation, constants):
+    """Away from, or towards, the mean of a pixel (weight 5) and its eight neighbours; the border stays."""
+    _, other = constants.weights[operation].T[:, :, None, None, None]
+    x = images.float()
+    rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+    centre = x[:, 1:-1, 1:-1]
+    blurred = ((rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * centre) / 13).round()
+    centre += (blurred - centre) * other
+    return x.clamp(0, 255).to(torch.uint8)
+
+
+def _grey(images):
+    """Whole grey levels of images (n, H, W, C) as floats (n, H, W, 1)."""
+    if images.shape[-1] == 1:
+        return images.float()
+    red, green, blue = images.split(1, -1)
+    return red.mul(0.2989).add(green, alpha=0.587).add(blue, alpha=0.114).floor()
+
+
+FAMILIES = {
+    _map_levels: ("Invert", "Solarize", "Posterize", "Brightness", "Contrast", "AutoContrast", "Equalize"),
+    _move: ("ShearY", "TranslateX", "TranslateY", "Rotate"),
+    _saturate: ("Color",),
+    _sharpen: ("Sharpness",),
+}
+
+
+@lru_cache
+def _constants(height, width, device):
+    """What depends on the operation alone, as tensors on one device, for images of H x W; K = len(OPERATIONS)."""
+    names, magnitudes = zip(*((operation[0], magnitude(*operation, height, width)) for operation in OPERATIONS))
+    steps = [(name, level, negative) for sub in POLICY for name, _, level in sub for negative in (False, True)]
+    index = [OPERATIONS.index((name, level, negative and name in SIGNED)) for name, level, negative in steps]
+    family = {name: i for i, members in enumerate(FAMILIES.values()) for name in members}
+    source, inside = zip(*(_source(*operation, height, width) for operation in zip(names, magnitudes)))
+    tensors = {
+        "operation": torch.tensor(index).view(-1, 2, 2),  # in OPERATIONS: (25, 2, 2) by sub-policy, step and sign
+        "name": torch.tensor([NAMES.index(name) for name in names]),  # (K,): index in NAMES
+        "family": torch.tensor([family.get(name, -1) for name in names]),  # (K,): index in FAMILIES, or identity
+        "table": torch.stack([_table(*operation) for operation in zip(names, magnitudes)]),  # (K, 256): new levels
+        "source": torch.stack(source),  # (K, H * W): the pixel that each pixel takes its value from
+        "inside": torch.stack(inside),  # (K, H * W): whether that lies in the image
+        "weights": torch.tensor([(1 + m, -m) for m in magnitudes]),  # (K, 2): of the image, and what it is blended with
+    }
+    return SimpleNamespace(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def magnitude(name, level, negative, height, width):
+    """The signed magnitude of an operation in its own unit: slope, pixels, degrees, bits, grey level, factor - 1."""
+    if level is None:
+        return 0.0
+    if name == "Posterize":
+        return 8 - round(level * 4 / 9)
+    if name == "Solarize":
+        return 255 * torch.linspace(1, 0, 10)[level].item()
+    largest = {"ShearY": 0.3, "TranslateX": 150 / 331 * width, "TranslateY": 150 / 331 * height, "Rotate": 30.0}
+    value = torch.linspace(0, largest.get(name, 0.9), 10)[level].item()
+    return -value if negative else value
+
+
+def _table(name, m):
+    table = torch.arange(256)
+    if name == "Invert":
+        table = 255 - table
+    elif name == "Solarize":
+        table = torch.where(table < m, table, 255 - table)
+    elif name == "Posterize":
+        table = table >> (8 - m) << (8 - m)
+    elif name == "Brightness":
+        table = (table * (1 + m)).clamp(0, 255)
+    return table.to(torch.uint8)
+
+
+def _source(name, m, height, width):
+    """The (source, inside) of `_constants`, both (H * W,); coordinates are in pixels from the image's corner."""
+    y = torch.arange(height, dtype=torch.float64)[:, None] + 0.5
+    x = torch.arange(width, dtype=torch.float64) + 0.5
+    y, x = torch.broadcast_tensors(y, x)
+    if name == "ShearY":
+        y = y + m * x
+    elif name == "TranslateX":
+        x = x - int(m)
+    elif name == "TranslateY":
+        y = y - int(m)
+    elif name == "Rotate":  # counter-clockwise about the centre
+        c, s, cy, cx = cos(radians(m)), sin(radians(m)), height / 2, width / 2
+        y, x = cy + s * (x - cx) + c * (y - cy), cx + c * (x - cx) - s * (y - cy)
+    return nearest(y - 0.5, x - 0.5, height, width)

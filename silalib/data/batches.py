@@ -1,0 +1,103 @@
+"""Memory-mapped images, prefetched in order, and the batches that training and evaluation read."""
+
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .augment import crop_flip, pad
+
+AHEAD = 3
+"""Batches that are gathered before they are needed."""
+
+
+class MemoryMapped:
+    """Rows `rows` (n,) of uint8 images (N, H, W, C) that stay where they are; `batches` reads them onto the device."""
+
+    def __init__(self, images, rows, device):
+        self.images, self.rows, self.device = images, rows, device
+        self.shape = (len(rows), *images.shape[1:])
+        self.thread = ThreadPoolExecutor(1)
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, chosen):
+        """Images `chosen`, a slice or an index on any device, as one uint8 tensor on the device."""
+        rows = self.rows[chosen.cpu() if isinstance(chosen, torch.Tensor) else chosen]
+        return self.images.index_select(0, rows).to(self.device)
+
+    def resident(self, at_once=1 << 26):
+        """All of the images on the device, (n, H, W, C), to which they are brought in parts of so many bytes."""
+        images = torch.empty(self.shape, dtype=torch.uint8, device=self.device)
+        size = max(1, at_once // math.prod(self.shape[1:]))
+        for part, batch in zip(images.split(size), self.batches(torch.arange(len(self)), size)):
+            part.copy_(batch)
+        return images
+
+    def batches(self, order, size):
+        """Images `order` (m,) in batches of `size`, the last one maybe smaller: uint8 (B, H, W, C) on the device.
+
+        A thread gathers the next batches while the caller works on this one; on a GPU into pinned memory, from where
+        they are copied beside the caller's work.
+        """
+        rows = deque(self.rows[order.cpu()].split(size))
+        buffers = deque(self._buffer(min(size, len(order))) for _ in range(AHEAD + 1))
+        pending = deque()
+        while rows or pending:
+            while rows and len(pending) < AHEAD:
+                pending.append(self.thread.submit(self._fetch, rows.popleft(), buffers[0]))
+                buffers.rotate(-1)
+            batch, copied = pending.popleft().result()
+            if copied is not None:
+                stream = torch.cuda.current_stream(self.device)
+                stream.wait_event(copied)
+                batch.record_stream(stream)  # its memory is not given away before the caller's work is done
+            yield batch
+
+    def _buffer(self, size):
+        """A pinned buffer for a batch and the event of its last copy; None where the images need not be copied."""
+        if self.copies is None:
+            return None
+        return torch.empty(size, *self.shape[1:], dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
+
+    def _fetch(self, rows, buffer):
+        if buffer is None:
+            return self.images.index_select(0, rows), None
+        pinned, copied = buffer
+        copied.synchronize()  # the last copy out of this buffer is over
+        torch.index_select(self.images, 0, rows, out=pinned[: len(rows)])
+        with torch.cuda.stream(self.copies):
+            batch = pinned[: len(rows)].to(self.device, non_blocking=True)
+            copied.record()
+        return batch, copied
+
+
+def in_batches(images, size, first=0, last=None):
+    """Batches of `size` of the images `first` to `last` (by default all), a tensor on the device or MemoryMapped."""
+    if isinstance(images, MemoryMapped):
+        return images.batches(torch.arange(len(images))[first:last], size)
+    return iter(images[first:last].split(size))
+
+
+class TrainingBatches:
+    """Cropped and mirrored training batches: one gather from images on the device, or of MemoryMapped ones."""
+
+    def __init__(self, images, augment):
+        self.mapped = images if isinstance(images, MemoryMapped) else None
+        self.padded = None if self.mapped else pad(images, augment)
+        self.augment, self.size = augment, images.shape[1:3]
+
+    def begin(self, order, size):
+        """Say which images come next, in batches of `size`, up to the end of an epoch."""
+        if self.mapped:
+            self.upcoming = self.mapped.batches(order, size)
+
+    def crop_flip(self, index, offset, flip):
+        """The batch `index`, which must be the next of the order; see `augment.crop_flip`."""
+        if not self.mapped:
+            return crop_flip(self.padded, index, offset, flip, self.size)
+        batch = pad(next(self.upcoming), self.augment)
+        return crop_flip(batch, torch.arange(len(batch), device=batch.device), offset, flip, self.size)

@@ -1,0 +1,124 @@
+"""Files: the project's folders, atomic writes, checksums, quarantine."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CorruptFile, NoRoom, UserError
+
+_checkout = Path(__file__).resolve().parent.parent
+ROOT = _checkout if (_checkout / "pyproject.toml").exists() else Path.cwd()
+
+
+def results_folder(profile):
+    """results/<profile>, or <profile> in the folder of the environment variable SILALIB_RESULTS."""
+    return Path(os.environ.get("SILALIB_RESULTS") or ROOT / "results") / profile
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_bytes(path, what):
+    """A file's bytes. Raises CorruptFile where it is missing or the disk cannot read it, and says what to do."""
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        raise UserError(f"cannot read {path}: permission denied") from None
+    except OSError:
+        raise CorruptFile(path, what) from None
+
+
+def write_atomically(path, content, previous=None):
+    """Write bytes under a temporary name, flush them to disk, rename: the file is whole or not there.
+
+    previous: what to rename a file to that is there already. Raises NoRoom on a disk that is full or read-only.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # without it a power cut can undo the renaming
+        os.close(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        reason = f"cannot write {path} ({error.strerror})"
+        raise NoRoom(f"{reason}: make room and start again to go on; what was there is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_sealed(path, value):
+    """Write JSON, and before it its checksum to <name>.sha256, in the form that `sha256sum -c` reads."""
+    content = to_json(value)
+    write_atomically(path.with_suffix(".sha256"), f"{sha256(content)}  {path.name}\n".encode())
+    write_atomically(path, content)
+
+
+def read_sealed(path, what, required=True):
+    """The value that `write_sealed` wrote. Raises CorruptFile for a file that is not what its checksum says.
+
+    required: whether the checksum must be there. It may cover run.json in the same folder too.
+    """
+    content, seal = read_bytes(path, what), path.with_suffix(".sha256")
+    if required or seal.exists():
+        written = read_bytes(seal, what)
+        names = [name for name in ("run.json", path.name) if f"  {name}\n".encode() in written]
+        expected = [f"{sha256(read_bytes(path.with_name(name), what))}  {name}\n" for name in names]
+        if path.name not in names or "".join(expected).encode() != written:
+            raise CorruptFile(path if path.name in names else seal, what)
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise CorruptFile(path, what) from None
+
+
+def quarantine(damaged, mark="result.json"):
+    """Rename the file that a CorruptFile error names, and the one beside it that marks all as finished, to *.corrupt.
+
+    Returns what was done, in words.
+    """
+    path = damaged.path
+    what = f"was damaged and is now {path.name}.corrupt" if path.exists() else "was missing"
+    try:
+        for old in {path, path.with_name(mark)}:
+            if old.exists():
+                old.replace(f"{old}.corrupt")
+    except OSError as error:
+        raise UserError(f"cannot rename {path} ({error.strerror}): it is damaged; delete it yourself") from None
+    return f"{path} {what}"
+
+
+def to_json(value):
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def to_csv(rows):
+    """A list of dicts as CSV; columns of all rows, numbers in full precision."""
+    import pandas as pd  # here, as processes that decode images import this module
+
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n", na_rep="nan").encode()
+
+
+def to_npz(arrays):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def to_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()

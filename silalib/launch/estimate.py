@@ -1,0 +1,67 @@
+"""What runs cost beside each other, and how long they take on this machine."""
+
+import time
+from collections import Counter
+from functools import cache
+
+import torch
+
+from .. import data
+from ..models import count_macs
+from ..run import Run
+from ..training import execution, provenance, trainer
+
+
+def seconds_left(left, records):
+    """Run -> about how long its training takes on this machine, from `left`: CPU seconds, on a GPU seconds.
+
+    From the records of the same networks that were trained on this kind of machine; without one, a step is timed.
+    """
+    device = execution.pick_device("auto")
+    gpu, seconds, units = device.type == "cuda", Counter(), Counter()
+    for run, record in records.items():
+        origin = record.result["provenance"]
+        if provenance.device_kind(origin) == device.type and (gpu or origin.get("amx") == execution.amx()):
+            seconds[run.nets[0]] += origin.get("seconds" if gpu else "cpu_seconds", 0)
+            units[run.nets[0]] += cost(run)
+    per_unit = {net: seconds[net] / units[net] for net in seconds if seconds[net]}
+    for run in left:
+        if run.nets[0] not in per_unit:
+            per_unit[run.nets[0]] = timed_step(run, device)
+    return {run: cost(run) * per_unit[run.nets[0]] for run in left}
+
+
+def timed_step(run, device, images=32):
+    """Seconds that a unit of `cost` takes here: a run's first network forward and backward, on made-up images."""
+    net = trainer.build(run, 0).to(device, memory_format=torch.channels_last)
+    batch = torch.rand(images, *data.dataset(run.dataset).image).to(device, memory_format=torch.channels_last)
+    dtype = execution.precision(run.nets[0], device, execution.bfloat16_pays(device))
+    times, clock = [], time.perf_counter if device.type == "cuda" else time.process_time
+    with execution.one_thread():
+        for _ in range(3):
+            began = clock()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                z = net(batch)
+            sum(head.float().logsumexp(1).mean() for head in (z if isinstance(z, tuple) else (z,))).backward()
+            sum(p.grad.sum() for p in net.parameters()).item()  # waits for a GPU
+            times.append(clock() - began)
+    return min(times) / (3 * images * forward_macs(alone(run, 0)))
+
+
+@cache
+def cost(run):
+    """Relative cost of a run: multiply-accumulates of its training and of the test set after each epoch."""
+    spec = data.dataset(run.dataset)
+    forward = sum(forward_macs(alone(run, slot)) for slot in range(len(run.nets)))
+    return run.epochs * forward * (3 * (run.train_size or spec.train) + spec.test)
+
+
+def alone(run, slot):
+    """A run of one network: what its size depends on, and nothing else."""
+    return Run(run.dataset, run.nets[slot], "ind", width=run.width, stem=run.stem, blocks=run.blocks)
+
+
+@cache
+def forward_macs(run):
+    """Multiply-accumulates for one image of a run's first network; runs share theirs, which takes a while to build."""
+    return count_macs(trainer.build(run, 0), data.dataset(run.dataset).image)

@@ -1,0 +1,97 @@
+"""Progress of a grid of runs: a bar in a terminal or notebook, plain lines in a log file."""
+
+import os
+import sys
+import time
+
+HEARTBEAT_SECONDS = 30
+"""How often a log file hears of runs that have not ended."""
+
+
+def duration(seconds):
+    """12 s, 3 min 05 s, 2 h 07 min, 5 days, 4 years."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    days = seconds / 86400
+    return f"{round(days)} days" if days < 2 * 365 else f"{round(days / 365)} years"
+
+
+def numbers(values):
+    return " ".join(f"{v:.1f}" for v in values)
+
+
+class Progress:
+    """Follows runs weighted by their cost, so that the time left is an estimate and not a count of runs.
+
+    costs: dict run -> relative cost. Messages are those of `trainer.train`.
+    """
+
+    def __init__(self, costs, clock=time.monotonic):
+        self.costs, self.total, self.clock = costs, sum(costs.values()), clock
+        self.share, self.at_start = (
+            dict.fromkeys(costs, 0.0),
+            {},
+        )  # of each run, from 0 to 1; of a resumed one, at first
+        self.accuracy = {}  # of each run, after its last epoch
+        self.started = self.last_line = clock()
+        self.ended, self.bar = 0, None
+        self.notebook = hasattr(sys.modules.get("ipykernel"), "kernelapp")  # whether this is a Jupyter kernel
+        if (self.notebook or sys.stderr.isatty()) and not os.environ.get("TQDM_DISABLE"):
+            from tqdm.auto import tqdm
+
+            bar = "{bar}" if self.notebook else "{bar:10}"  # a terminal's would shrink to nothing beside the text
+            self.bar = tqdm(total=100, bar_format=f"{{percentage:3.0f}}%|{bar}| {{elapsed}}{{postfix}}", leave=False)
+
+    def message(self, run, text=None, step=0, total=1, top1=None, resumed=False, final=None):
+        """One message of a run in progress."""
+        if text:
+            self.line(f"{run}: {text}")
+            return
+        self.share[run] = 0.99 * step / total  # what comes after training counts as the last hundredth
+        epochs = f"epoch {run.epochs * step / total:.1f} of {run.epochs}"
+        if resumed:
+            self.at_start[run] = self.share[run]
+            self.line(f"{run}: goes on after {epochs}")
+        if top1:
+            self.accuracy[run] = f", top-1 {numbers(top1)}"
+        doing = final or epochs + self.accuracy.get(run, "")
+        status = f"{self.ended}/{len(self.costs)} runs, {self.left()}{doing} | {run}"  # a terminal cuts off its end
+        if self.bar is not None:
+            self.bar.n = 100 * self.weighted(self.share)
+            self.bar.set_postfix_str(status)
+        elif self.clock() - self.last_line > HEARTBEAT_SECONDS:
+            self.line(status)
+
+    def finish(self, run, outcome):
+        """A run has ended: `outcome` is its accuracy, or why there is none."""
+        self.share[run] = 1.0
+        self.ended += 1
+        left = self.left() if self.bar is None else ""  # which the bar shows, and a line should fit a terminal
+        self.line(f"{self.ended}/{len(self.costs)} runs, {left}{run}: {outcome}")
+
+    def weighted(self, shares):
+        return sum(share * self.costs[run] for run, share in shares.items()) / self.total
+
+    def left(self):
+        """Time left, from what was trained since the start."""
+        done, elapsed = self.weighted(self.share), self.clock() - self.started
+        trained = done - self.weighted(self.at_start)
+        if trained < 0.01 or elapsed < 3 or done >= 1:
+            return ""
+        return f"{duration(elapsed / trained * (1 - done))} left, "
+
+    def line(self, text):
+        self.last_line = self.clock()
+        if self.bar is not None:
+            self.bar.write(text, file=None if self.notebook else sys.stderr)  # where a notebook shows it as an error
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,246 @@
+"""Render the executed notebooks: one HTML page each, and an index, in results/<profile>/report.
+
+Every page is one file that fetches nothing: style, pictures and math (as MathML) are inside. nbconvert takes seconds
+to import, so it is imported where it is used.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+from .. import files, records
+from ..analysis import claims, tables
+from ..data import dataset
+from ..errors import UserError
+from ..experiments import EXHIBITS, check_profile
+from ..launch.ensure import ensure
+from ..launch.progress import duration
+from .notebooks import FOLDER, PageFailed, contents, execute_all, first_line, say
+
+EXTERNAL = (
+    r"""<[^>]*\s(?:src|srcset|poster)=(?!["']?data:)[^>]*>|<(?:script|link|object)"""
+    r"""|<style[^<]*(?:@import|url\()|<[^>]*\sstyle=[^>]*url\("""
+)
+"""What a page must not have: a resource to fetch, or a script."""
+
+TABLE = r"(?:<style[^>]*>[^<]*</style>\s*)?<table.*?</table>"
+
+
+def build(profile, stems=None, seeds=None, device="auto", workers=None, train=True, folder=FOLDER, exhibits=EXHIBITS):
+    """Execute the notebooks of these stems, by default all, and render their pages and the index.
+
+    folder: of the notebooks; the arguments before it are their parameters. Returns the exit status: 0, or 1 if a page
+    failed; such a page then says so. Raises Stopped after a signal; the pages that were not finished stay as they were.
+    """
+    report = Report(profile, seeds, folder, exhibits)
+    stems = stems or list(report.notebooks)
+    executed = report.folder.with_name("notebooks")
+    try:
+        report.folder.mkdir(parents=True, exist_ok=True)
+        executed.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise UserError(f"cannot write to {report.folder}: set SILALIB_RESULTS to a folder of yours") from None
+    parameters = dict(profile=profile, seeds=seeds, device=device, workers=workers, train=train)
+    failed = 0
+    try:
+        for stem, future in execute_all([folder / f"{stem}.ipynb" for stem in stems], parameters):
+            try:
+                notebook = future.result()
+                page = report.notebook_page(stem, notebook)
+                files.write_atomically(executed / f"{stem}.ipynb", files.to_json(notebook))
+            except Exception as error:  # whatever it is, the other pages are built
+                line = str(error) if isinstance(error, UserError) else first_line(type(error).__name__, error)
+                page = report.page(stem, "failed", error=line, traceback=getattr(error, "traceback", ()))
+                (executed / f"{stem}.ipynb").unlink(missing_ok=True)
+                say(f"{stem}: failed\n  {line}")
+                failed += 1
+            files.write_atomically(report.folder / f"{stem}.html", page.encode())
+    finally:
+        report.write_index()
+    print(report.folder / "index.html", flush=True)
+    return 1 if failed else 0
+
+
+class Report:
+    """The pages of one profile, in `folder`. seeds: those asked for, or None for the profile's own."""
+
+    def __init__(self, profile, seeds=None, source=FOLDER, exhibits=EXHIBITS):
+        check_profile(profile)
+        self.profile, self.seeds, self.source, self.exhibits = profile, seeds, source, exhibits
+        self.folder = files.results_folder(profile) / "report"
+        self.notebooks = contents(exhibits)
+
+    def notebook_page(self, stem, notebook):
+        """The page of an executed notebook. Raises PageFailed for unknown math or something outside of the page."""
+        body = template("cells").render(cells=notebook.cells, report=self, stem=stem, markdown=markdown_converter(self))
+        if found := re.search(EXTERNAL, body):
+            raise PageFailed(f"{stem}.ipynb shows something from outside of the page: {found[0][:80]}")
+        heading, end, rest = re.sub(TABLE, with_roles, body, flags=re.DOTALL).rpartition("</h1>")
+        facts, counts = self.provenance(stem)
+        return self.page(stem, "done", counts, heading=heading + end, facts=facts, body=rest)
+
+    def page(self, stem, state, counts=(), error="", **parts):
+        """A page, "done", "failed" or "not built", with its navigation. What the index says of it is in its head."""
+        card = {"state": state, "error": error, **dict(counts)}
+        return template("page").render(report=self, stem=stem, card=card, **parts)
+
+    def write_index(self):
+        """The index of all pages; one that is missing is written as "not built", so that every link leads somewhere."""
+        cards = []
+        for stem, (title, _) in self.notebooks.items():
+            path = self.folder / f"{stem}.html"
+            try:
+                card = read_card(path)
+            except (OSError, ValueError, TypeError):  # missing or damaged
+                files.write_atomically(path, self.page(stem, "not built").encode())
+                card = read_card(path)
+            cards.append({"stem": stem, "title": title, **card})
+        score, scale = claims.score(claims.judge(self.profile, self.seeds)), tables.scale(self.profile)
+        index = template("index").render(report=self, cards=cards, score=score, scale=scale)
+        files.write_atomically(self.folder / "index.html", index.encode())
+
+    def provenance(self, stem):
+        """What a page's numbers rest on: label -> texts of its line, and the counts for its card, from its records."""
+        grids = {name: self.exhibits[name].grid(self.profile, self.seeds) for name in self.notebooks[stem][1]}
+        grid = list(dict.fromkeys(chain(*grids.values())))
+        found = ensure(grid, self.profile, train=False)
+        left_out = {run: records.state(run) for run in grid if run not in found}
+        origins = [record.result["provenance"] for record in found.values()]
+        parts = [part for origin in origins for part in origin.get("parts", [origin])]  # a run may resume elsewhere
+        trained = sorted(origin["finished"][:10] for origin in origins)
+        title = lambda run: dataset(run.dataset).title
+        planned, seeds = (", ".join(map(str, sorted({run.seed for run in runs}))) for runs in (grid, found))
+        facts = {
+            "profile": [self.profile],
+            "seeds": [seeds if seeds in ("", planned) else f"{seeds} (planned: {planned})"],
+            "data": [f"{title(run)}, {o['train_images']:,} training images" for run, o in zip(found, origins)],
+            "device": [part["device"] for part in parts],
+            "precision": [part["precision"] for part in parts],
+            "versions": [f"PyTorch {part['torch']}, Python {part['python']}" for part in parts],
+            "trained": [" to ".join(dict.fromkeys([*trained[:1], *trained[-1:]]))],
+            "code": [part["silalib"].get("commit", part["silalib"]["code"]) for part in parts],
+            "runs": [f"{len(found)} of {len(grid)}" if grid else ""],
+            "not trained alike": [tables.mixed(found)],
+        }
+        counts = {
+            "runs": len(grid),
+            "missing": len(left_out),
+            "damaged": list(left_out.values()).count("damaged"),
+            "failed": [records.failure(run)["error"] for run, state in left_out.items() if state == "failed"],
+            "lacking": [name for name, runs in grids.items() if not found.keys() >= set(runs)],
+            "trained": sum(origin["seconds"] for origin in origins),
+        }
+        return facts, counts
+
+
+def read_card(path):
+    """What the index says of a page: what is in its head, its first picture as a thumbnail, and its first table."""
+    from PIL import Image
+
+    content = path.read_text(encoding="utf-8")
+    card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+    if table := re.search("<table.*?</table>", content, re.DOTALL):
+        card["table"] = table[0]
+    if picture := re.search(r'src="data:image/(?:webp|png|jpeg);base64,([^"]+)"', content):
+        image, small = Image.open(io.BytesIO(base64.b64decode(picture[1]))), io.BytesIO()
+        image.thumbnail((480, 480))
+        image.save(small, "webp", quality=80)
+        card["image"] = base64.b64encode(small.getvalue()).decode()
+    return card
+
+
+@cache
+def template(name):
+    """A template of silalib/report/templates."""
+    from jinja2 import Environment, PackageLoader
+    from nbconvert.filters import Highlight2HTML, strip_ansi
+
+    options = dict(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=PackageLoader("silalib.report"), **options)
+    without_style = r'<span class="(?:n|nn|o|p|w)">(.*?)</span>'  # most of a page's code would be these
+    python = lambda code: re.sub(without_style, r"\1", Highlight2HTML("python")(code))
+    environment.filters |= {"python": python, "plain": strip_ansi, "duration": duration}
+    return environment.get_template(f"{name}.html.j2")
+
+
+def markdown_converter(report):
+    """A function from Markdown to HTML for the cells of one page, which share one outline."""
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        """Math as MathML, links to notebooks as links to their pages, headings in order with unique anchors."""
+
+        level, anchors = 0, []
+
+        def inline_math(self, body):
+            return mathml(body)
+
+        def block_math(self, body):
+            return f'<span class="math">{mathml(body, "block")}</span>'
+
+        def latex_environment(self, name, body):
+            return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
+
+        def heading(self, text, level, **attributes):
+            self.level = min(max(level, 2 if self.level else 1), self.level + 1)
+            anchor = re.sub(r"<[^>]*>", "", text).strip().replace(" ", "-")
+            self.anchors = [*self.anchors, anchor]
+            anchor += "-" * (self.anchors.count(anchor) - 1)
+            link = f'<a class="anchor" href="#{anchor}" aria-label="Link to this section">#</a>'
+            return f'<h{self.level} id="{anchor}">{text} {link}</h{self.level}>\n'
+
+        def link(self, text, url, title=None):
+            path, mark, anchor = url.partition("#")
+            if Path(path).stem in report.notebooks:
+                url = f"{Path(path).stem}.html{mark}{anchor}"
+            elif path and not re.match(r"\w+:", path):
+                url = Path(os.path.relpath(report.source / path, report.folder)).as_posix() + mark + anchor
+            return super().link(text, url, title)
+
+    converter = MarkdownWithMath(renderer=Renderer(escape=False))
+    punctuated = r"(<math[^>]*inline.>(?:(?!</math>).)*</math>)([.,;:!?)]+)"  # a line must not break in between
+    return lambda source: re.sub(punctuated, r'<span class="unbroken">\1\2</span>', converter.render(source))
+
+
+def mathml(tex, display="inline"):
+    """LaTeX as a <math> element. Raises PageFailed for a command that latex2mathml does not know and copies."""
+    from latex2mathml.converter import convert
+
+    result = convert(tex.replace("{aligned}", "{split}"), display=display)  # the same in LaTeX
+    if unknown := re.search(r"\\\w*|<mi>&</mi>", result):
+        raise PageFailed(f"cannot show the formula {' '.join(tex.split())}: {unknown[0]} is not understood")
+    for pattern, replacement in MATH_SPACES:
+        result = re.sub(pattern, replacement, result)
+    return result
+
+
+MATH_SPACES = [
+    (r"<m[io]>([A-Za-z]{2,})</m[io]>", r'<mo form="prefix" lspace="0.167em" rspace="0.167em">\1</mo>'),
+    (r"(<mo[^>]*>(?:&#x0003D;|&#x00028;|&#x0002C;|\()</mo>)<mo>&#x02212;", r'\1<mo form="prefix">&#x02212;'),
+    (r"<mo>&#x0002F;", r'<mo lspace="0" rspace="0">&#x0002F;'),
+]
+"""LaTeX's spaces at named operators, signs and a slash, which latex2mathml does not set."""
+
+TABLE_ROLES = [
+    (r' id="[^"]*_(?:row|level)\d[^"]*"|(?<=data )row\d+ ', ""),
+    (r'<td class="([^"]* col0)"[^>]*>([^<]+)</td>', r'<th class="\1" scope="row">\2</th>'),
+    (r"<th([^>]*)></th>", r"<td\1></td>"),  # an empty header says nothing of its cells
+    (r"<th(?= [^>]*colspan)", '<th scope="colgroup"'),
+    (r'<th(?= class="col_heading)', '<th scope="col"'),
+]
+"""Headers of a table that pandas made: its first column, groups of columns, columns. The cells' own ids go."""
+
+
+def with_roles(table):
+    """A match of TABLE in a box that scrolls, with roles for its headers."""
+    content, caption = table[0], re.search(r"<caption>(.*?)</caption>", table[0])
+    for pattern, replacement in TABLE_ROLES:
+        content = re.sub(pattern, replacement, content)
+    name = caption[1].replace('"', "&quot;") if caption else "Table"
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{content}</div>'

@@ -1,0 +1,174 @@
+"""A run is its configuration: every field that changes a result, and the key made of them."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from operator import index
+
+from .data import dataset
+from .data.augment import AUGMENTATIONS
+from .errors import UserError
+from .losses import LABELS, METHODS
+from .models import EXITS, MODELS, SMALLEST_IMAGE, STEMS
+
+PROTOCOL = 1
+"""Training protocol version; bump it when results change: records of another protocol are refused."""
+
+MAX_WIDTH = 100
+"""Upper bound that catches typing errors."""
+
+PAPER_MILESTONES = (30, 55, 80, 105, 135, 160, 180, 200, 220, 240)
+
+
+numbers = lambda values: tuple(map(float, values))
+CASTS = {
+    int: (index, "a whole number"),
+    int | None: (index, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "a word"),
+    bool: (lambda value: value if isinstance(value, bool) else index("refused"), "True or False"),
+    "nets": (lambda names: (names,) if isinstance(names, str) else tuple(map(str, names)), "a list"),
+    "milestones": (numbers, "a list"),
+    "betas": (numbers, "a list"),
+}
+"""Name or type of a field -> what makes equal settings equal values, or raises, and what the field takes in words."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: C networks (or one network with C exits) on one data set with one method and seed.
+
+    The defaults are the paper's protocol for Tables 1 and 2, completed by our decisions where it is silent.
+    """
+
+    dataset: str = "cifar100"
+    nets: tuple = ("resnet18", "resnet18")
+    method: str = "sila"
+    seed: int = 0
+    width: float = 1.0  # of every network
+    stem: str = "cifar"  # or "imagenet": the first layers of every network
+    betas: tuple | None = None  # one weight per head, None for 1 each
+    coupling: float = 1.0  # SiLa's coupling beside the independent terms
+    epochs: int = 260
+    batch_size: int = 128  # the last incomplete batch of an epoch is dropped
+    lr: float = 0.1
+    milestones: tuple = PAPER_MILESTONES  # in epochs, whole or not
+    gamma: float = 0.5  # factor on the learning rate at each milestone
+    warmup: float = 1.0  # epochs of linear warm-up
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    augment: str = "crop+flip"
+    train_size: int | None = None  # a fixed, class-balanced subset
+    holdout: int = 0  # training images kept out, for calibration
+    noise_images: int = 0  # training images under parameter noise at the end (Figure 7b); 0 leaves it out
+    noise_sigmas: int = 10
+    noise_draws: int = 10
+    hessian_images: int = 0  # training images for the largest Hessian eigenvalue at the end; 0 leaves it out
+    blocks: int | None = None  # of an MSDNet: its own network of so many blocks; None for all
+    init: str = "he"  # initial weights: those of each network's family, or "pytorch": PyTorch's own of every layer
+
+    def __post_init__(self):
+        for field in fields(self):  # equal numbers of another type are the same run
+            value, (cast, kind) = getattr(self, field.name), CASTS.get(field.name) or CASTS[field.type]
+            if value is not None or field.default is not None:
+                try:
+                    object.__setattr__(self, field.name, cast(value))
+                except (TypeError, ValueError):
+                    raise UserError(f"{field.name} must be {kind}, not {value!r}") from None
+        object.__setattr__(self, "method", self.method.lower())
+        self._validate()
+
+    def _validate(self):
+        for name, value, known in [
+            ("method", self.method, METHODS),
+            ("augmentation", self.augment, AUGMENTATIONS),
+            ("init", self.init, ("he", "pytorch")),
+            *[("network", net, MODELS) for net in self.nets],
+        ]:
+            if value not in known:
+                raise UserError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        if not self.nets:
+            raise UserError("a run needs at least one network")
+        net, label, kind = self.nets[0], LABELS[self.method], "networks"
+        if set(self.nets) & set(EXITS):
+            kind = "exits"
+            if len(self.nets) > 1:
+                raise UserError(f"{'+'.join(self.nets)}: the exits of an MSDNet are its heads, so it is trained alone")
+            if self.blocks is not None and not 1 <= self.blocks <= EXITS[net]:
+                raise UserError(f"blocks must be from 1 to {EXITS[net]} for {net}, not {self.blocks}")
+            if self.noise_images or self.hessian_images:
+                one_head = "noise_images and hessian_images are for networks with one head"
+                raise UserError(f"{one_head}; {net} has {self.n_heads}")
+        elif self.blocks is not None:
+            raise UserError(f"blocks belongs to MSDNet; {net} has none")
+        if "dml" in self.method and self.n_heads < 2:
+            raise UserError(f"{label} needs at least two networks or exits")
+        if self.betas is not None and len(self.betas) != self.n_heads:
+            raise UserError(f"{len(self.betas)} betas for {self.n_heads} {kind}: give one each")
+        if not all(math.isfinite(b) and b >= 0 for b in self.betas or ()):
+            raise UserError(f"betas {self.betas}: give finite weights that are not negative")
+        if self.coupling != 1 and "sila" not in self.method:
+            raise UserError(f"coupling belongs to SiLa; {label} has none")
+        numbers = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), (int, float))}
+        numbers |= {f"milestone {i}": m for i, m in enumerate(self.milestones, 1)}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, not {value}")
+            if name in ("width", "epochs", "batch_size", "lr", "gamma") and value <= 0:
+                raise UserError(f"{name} must be above 0, not {value}")
+            if value < 0:
+                raise UserError(f"{name} must not be negative, but is {value}")
+        if self.width > MAX_WIDTH:
+            raise UserError(f"width must be at most {MAX_WIDTH}, not {self.width}")
+        if self.momentum >= 1:
+            raise UserError(f"momentum must be below 1, not {self.momentum}")
+        if self.noise_images and not (self.noise_sigmas > 0 and self.noise_draws > 0):
+            raise UserError("noise_sigmas and noise_draws must be above 0 where noise_images is")
+        if self.train_size is not None and self.train_size < self.batch_size:
+            raise UserError(f"train_size {self.train_size} is below the batch size {self.batch_size}")
+        height, width = dataset(self.dataset).image[1:]
+        for net in self.nets:
+            least = SMALLEST_IMAGE.get(net, 1)
+            if min(height, width) < least:
+                raise UserError(f"{net} needs images of {least}x{least} or more; {self.dataset} has {height}x{width}")
+            if self.stem not in (stems := STEMS.get(net, ("cifar",))):
+                raise UserError(f"{net} has no stem {self.stem!r}: choose from {', '.join(stems)}")
+
+    @property
+    def n_heads(self):
+        """How many heads a loss sees: the networks, or the exits of one network."""
+        return self.blocks or EXITS.get(self.nets[0], len(self.nets))
+
+    def slot(self, head):
+        """The slot of the network that a head belongs to; all exits of an MSDNet belong to slot 0."""
+        return min(head, len(self.nets) - 1)
+
+    def network(self, slot):
+        """A new network of one slot, with initial weights from torch's generator."""
+        spec = dataset(self.dataset)
+        of_exits = {"blocks": self.blocks} if self.nets[slot] in EXITS else {}
+        network = MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
+        if self.init == "pytorch":
+            for layer in network.modules():
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+        return network
+
+    @property
+    def config(self):
+        """The full configuration as plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def key(self):
+        """A readable prefix and a hash of the fields that are not at their default: a new field keeps old keys."""
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = {k: v for k, v in asdict(self).items() if v != defaults[k]}
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.dataset}-{'+'.join(self.nets)}-{self.method}-s{self.seed}-{digest}"
+
+    def __str__(self):
+        blocks = f" with {self.blocks} blocks" if self.blocks else ""
+        return f"{self.dataset} {'+'.join(self.nets)}{blocks} {LABELS.get(self.method, self.method)} seed {self.seed}"

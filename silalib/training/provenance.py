@@ -1,0 +1,59 @@
+"""Where a result comes from: code, versions, device."""
+
+import hashlib
+import platform
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..files import ROOT
+from .execution import amx
+
+
+def device_kind(part):
+    """ "cpu" or "cuda": where a part of a run was trained, by what `here` said. Older records do not name the kind,
+    but end a processor's name in parentheses."""
+    return part.get("kind") or ("cpu" if part["device"].endswith(")") else "cuda")
+
+
+def here(device, ranks, dtypes, graphs):
+    """What this process trains with; a run that resumes elsewhere has several such `parts`."""
+    gpu = device.type == "cuda"
+    cuda = {"graphs": graphs, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if gpu else {}
+    return {
+        "silalib": code_version(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "kind": device.type,
+        "device": torch.cuda.get_device_name(device) if gpu else processor(),
+        "amx": amx(),
+        "threads": torch.get_num_threads(),
+        "processes": ranks.size,
+        "layout": "network-parallel" if ranks.parallel else None,
+        **cuda,
+        "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+    }
+
+
+def code_version():
+    """{"code": hash of the package's source, "commit": of the checkout, "+" if it was changed}."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    version = {"code": digest.hexdigest()[:12]}
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        version["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return version
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,0 +1,291 @@
+"""One short loop for every method and every network: one backward of the summed loss, one optimizer.
+
+The learning rate and all randomness are pure functions of the step: a resumed run goes on as an uninterrupted one
+would, to the last bit on a CPU with the same threads, and with one seed every method begins from the same weights of
+Net1 and sees the same augmented batches in the same order.
+"""
+
+import gc
+import math
+import time
+import traceback
+import weakref
+from contextlib import suppress
+from functools import partial
+from itertools import chain, cycle
+
+import torch
+from torch import nn
+
+from .. import data
+from ..data.augment import Normalise, epoch_plan, transform
+from ..data.batches import TrainingBatches, in_batches
+from ..errors import NoDevice, UserError
+from ..losses import METHODS
+from ..randomness import derive
+from . import checkpoint, measure, metrics
+from .execution import GraphedCallable, StepsInFlight, fast, pick_device, precision, settings
+from .network_parallel import Ranks
+from .provenance import here
+
+EVAL_BATCH = {"cpu": 125, "cuda": 500}
+"""Images evaluated at once: more leave the caches of a CPU, fewer do not fill a GPU."""
+
+EVAL_PIXELS = 500 * 64 * 64
+"""Evaluation batches of larger images have fewer: 64 channels of a 3x3-stem network are then 0.5 GB in float32."""
+
+
+class Diverged(UserError):
+    """The loss became infinite or not a number: in this epoch (from 1), after so many steps, at this learning rate."""
+
+    def __init__(self, run, epoch, step, lr):
+        super().__init__(run, epoch, step, lr)  # constructor arguments, for unpickling
+        self.run, self.epoch, self.step, self.lr = run, epoch, step, lr
+
+    def __str__(self):
+        return f"{self.run}: the loss is not finite in epoch {self.epoch}, step {self.step}, lr {self.lr:g}"
+
+
+def learning_rate(run, step, steps_per_epoch):
+    """The learning rate at a step (from 0): linear warm-up, then lr * gamma^(milestones passed)."""
+    warmup = run.warmup * steps_per_epoch
+    passed = sum(step >= round(m * steps_per_epoch) for m in run.milestones)
+    return run.lr * run.gamma**passed * min(1.0, (step + 1) / warmup if warmup else 1.0)
+
+
+def build(run, slot):
+    """The network of one slot with its initial weights, a function of (seed, slot) alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(derive(run.seed, "weights", slot))
+        return run.network(slot)
+
+
+def train(
+    run,
+    folder,
+    device="auto",
+    *,
+    stop=lambda: None,
+    progress=lambda **message: None,
+    time_limit=None,
+    ranks=None,
+    bf16=None,
+    graphs=True,
+    checkpoint_seconds=checkpoint.SECONDS,
+):
+    """Train one run to its end, or on from its checkpoint in `folder`. Returns (result, files), what its record holds.
+
+    stop() is asked after every step; a true answer (the reason) checkpoints and raises Stopped.
+    progress(**message) hears of each epoch, and of the step every other second.
+    time_limit, in seconds: give up with Stopped once the measured speed says that the run will not end in it.
+    ranks: the processes that train it together; the first one returns the record, the others None.
+    bf16: whether to use bfloat16, by default where it pays on this device; a checkpoint decides for itself.
+    graphs: whether a GPU may capture CUDA graphs. checkpoint_seconds: how often the state is saved.
+    Raises Diverged for a loss that is not finite, NoDevice for a device that cannot be used, and GraphFailed where a
+    graph cannot be captured: nothing more must then be trained in this process.
+    """
+    device = pick_device(device)
+    check_usable(device)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), settings(device):
+            training = Training(run, device, fast(device, bf16, graphs), ranks, progress)
+            pauses = checkpoint.Pauses(training, folder, stop, time_limit, checkpoint_seconds)
+            training.fit(pauses)
+            return measure.final(training, pauses)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the networks
+        raise
+    finally:
+        training = pauses = None
+        if devices:
+            give_memory_back()
+
+
+def give_memory_back():
+    """To the next run, and to other processes on this GPU."""
+    gc.collect()
+    # kept for every stream that was used; not in a PyTorch for CPUs
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+    with suppress(RuntimeError):  # after a failed capture the allocator refuses; its process trains nothing more
+        torch.cuda.empty_cache()
+
+
+def check_usable(device):
+    """Raises NoDevice where the first use of a GPU fails: its driver is too old, or another process has it alone."""
+    try:
+        torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise NoDevice(f"device {device} cannot be used ({reason}): mend that, or use --device cpu") from None
+
+
+class Material:
+    """What a run brings to the loop: networks, splits, the batches of an epoch, and how images enter a network.
+
+    splits: {"train", "test", "holdout"} -> data.Split on the device, by default those of the run's data set.
+    """
+
+    def __init__(self, run, device, splits=None):
+        self.run, self.device = run, device
+        self.splits, self.checksum = (splits, None) if splits else data.splits(run, device)
+        train = self.splits["train"]
+        self.loader = TrainingBatches(train.images, run.augment)
+        self.normalise = Normalise(*data.normalisation(train)).to(device)
+        height, width = self.splits["test"].images.shape[1:3]
+        # fewer large images, but never below a training batch, which takes more memory
+        self.eval_batch = min(EVAL_BATCH[device.type], max(run.batch_size, EVAL_PIXELS // (height * width)))
+
+    def network(self, slot):
+        return build(self.run, slot)
+
+    def epoch(self, epoch, first, steps):
+        """Batches `first` to `steps` of an epoch: uint8 images (B, H, W, C), target (B,), what `transform` needs."""
+        labels, size = self.splits["train"].labels, self.run.batch_size
+        plan = epoch_plan(self.run, epoch, len(labels), self.device)
+        self.loader.begin(plan[0][first * size : steps * size], size)
+        for i in range(first, steps):
+            index, offset, flip, *choices = (part[i * size : (i + 1) * size] for part in plan)
+            yield self.loader.crop_flip(index, offset, flip), labels[index], *choices
+
+    def inputs(self, images):
+        """What networks take, for uint8 images (B, H, W, C)."""
+        return self.normalise(images.permute(0, 3, 1, 2))
+
+
+class Training:
+    """The state of one run in progress, or of the part of it that this process has; networks are kept by slot."""
+
+    def __init__(self, run, device, speed, ranks=None, progress=lambda **message: None, material=None):
+        self.run, self.device, self.speed, self.progress = run, device, speed, progress
+        self.ranks, self.material = ranks or Ranks(), material or Material(run, device)
+        self.splits = self.material.splits
+        layout = torch.channels_last if speed.channels_last else torch.contiguous_format
+        slots = self.ranks.slots(run)
+        self.nets = {s: self.material.network(s).to(device, memory_format=layout) for s in slots}
+        self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
+        self.dtypes = [precision(net, device, speed.bf16) for net in run.nets]
+        self.loss = partial(METHODS[run.method], betas=run.betas)
+        if "sila" in run.method:
+            self.loss.keywords["coupling"] = run.coupling
+        self.optimizer = torch.optim.SGD(
+            chain(*(net.parameters() for net in self.nets.values())),
+            lr=run.lr if device.type == "cpu" else torch.tensor(run.lr, device=device),
+            momentum=run.momentum,
+            nesterov=run.nesterov and run.momentum > 0,
+            weight_decay=run.weight_decay,
+            fused=speed.fused,
+        )
+        images = len(self.splits["train"])
+        self.steps_per_epoch = images // run.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(f"batch size {run.batch_size} is above the {images} training images")
+        self.total = run.epochs * self.steps_per_epoch
+        self.step, self.rows, self.seconds, self.cpu_seconds, self.parts = 0, [], 0.0, 0.0, []
+        self.heads = self.ranks.heads(run)
+        self.sums = torch.zeros(len(self.heads), len(metrics.STATISTICS), dtype=torch.float64, device=device)
+        self.at_test = None  # logits of the test images after the last epoch
+        self.graphed = speed.graphs and not self.ranks.parallel  # what processes tell each other cannot be captured
+        self.captured_update, self.captured_forwards = self.captured(Training.update), {}
+
+    def captured(self, method, **arguments):
+        """A method, as a CUDA graph where `speed` asks for it. It does not keep this object and its memory alive."""
+        function = partial(method, weakref.proxy(self), **arguments)
+        return GraphedCallable(function) if self.graphed else function
+
+    # -- the loop
+
+    def fit(self, pauses):
+        steps_in_flight = StepsInFlight(self.device)
+        while self.step < self.total:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            self.epoch_began = time.monotonic()
+            for images, target, *choices in self.material.epoch(epoch, first, self.steps_per_epoch):
+                self.set_step()
+                self.captured_update(images, target, *choices)
+                self.step += 1
+                steps_in_flight.add()
+                if self.step % self.steps_per_epoch == 0:
+                    self.end_of_epoch(epoch)
+                pauses.after_step()
+
+    def set_step(self):
+        """What depends on the number of the step; `update` is the same work in every step."""
+        lr = learning_rate(self.run, self.step, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self.device.type == "cuda" and any(self.dropout.values()):
+            # one seed a step: a captured graph takes it when it is replayed, and Net1's masks are drawn first
+            part = [self.ranks.rank] if self.ranks.rank else []
+            torch.cuda.manual_seed(derive(self.run.seed, "dropout", self.step, *part))
+
+    def update(self, images, target, *choices):
+        """Equation 10 on one batch: forward of every network here, one loss, one backward, one update."""
+        self.optimizer.zero_grad()
+        logits = self.forward(transform(images, *choices), training=True)
+        for z in logits:
+            z.retain_grad()
+        logits = self.ranks.all_heads(logits, self.run.method)
+        self.loss(logits, target).backward()
+        self.optimizer.step()
+        self.sums += metrics.statistics([z.detach() for z in logits], [z.grad for z in logits], target)
+
+    def forward(self, images, training=False, slots=None):
+        """float32 logits (B, N) of every head here for uint8 images (B, H, W, C); of the slots asked for, or all."""
+        x = self.material.inputs(images)
+        if not self.speed.channels_last:
+            x = x.contiguous()
+        logits = []
+        for slot in slots or self.nets:
+            net = self.nets[slot].train(training)
+            if training and self.dropout[slot] and self.device.type == "cpu":
+                torch.random.default_generator.manual_seed(derive(self.run.seed, "dropout", slot, self.step))
+            with torch.autocast(self.device.type, self.dtypes[slot], enabled=self.dtypes[slot] != torch.float32):
+                z = net(x)
+            logits += z if isinstance(z, tuple) else [z]
+        return [z.float() for z in logits]
+
+    def end_of_epoch(self, epoch):
+        """Evaluate on the test images and add a row for each head to the history. Raises Diverged."""
+        means = (self.sums / self.steps_per_epoch).tolist()  # here the host waits for the device
+        self.sums.zero_()
+        began = time.monotonic()
+        lr = learning_rate(self.run, self.step - 1, self.steps_per_epoch)
+        self.at_test = self.predict(self.splits["test"].images)
+        test = metrics.summaries(self.at_test, self.splits["test"].labels)
+        norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
+        seconds = {"seconds_train": began - self.epoch_began, "seconds_test": time.monotonic() - began}
+        rows = [
+            {"epoch": epoch + 1, "head": head, "lr": lr}
+            | dict(zip(metrics.STATISTICS, values))
+            | {f"test_{k}": v for k, v in at_test.items()}
+            | {"weight_norm": norm}
+            | {k: round(v, 4) for k, v in seconds.items()}
+            for head, values, at_test, norm in zip(self.heads, means, test, cycle(torch.stack(norms).tolist()))
+        ]
+        rows = list(chain(*self.ranks.gather(rows)))
+        self.rows += rows
+        if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in rows):
+            raise Diverged(self.run, epoch + 1, self.step, lr)
+        self.report(top1=[round(row["test_top1"], 2) for row in rows])
+
+    @torch.no_grad()
+    def predict(self, images, slot=None):
+        """float32 logits (n, N) of every head here, or of one slot's, in evaluation mode."""
+        if slot not in self.captured_forwards:
+            slots = None if slot is None else [slot]
+            self.captured_forwards[slot] = self.captured(Training.forward, slots=slots)
+        forward = self.captured_forwards[slot]
+        batches = [forward(batch) for batch in in_batches(images, self.material.eval_batch)]
+        return [torch.cat(head) for head in zip(*batches)]
+
+    def report(self, **more):
+        self.progress(run=self.run, step=self.step, total=self.total, **more)
+
+    def here(self):
+        return here(self.device, self.ranks, self.dtypes, self.graphed)
