@@ -1,7 +1,6 @@
 """The command line: python -m silalib train|status|report|data.
 
-Exit status: 0 all done, 75 stopped by the budget or a signal with work left, 1 a run or a page failed or data could
-not be downloaded, 2 wrong usage.
+Exit status: 0 all done, 75 stopped with work left, 1 a run or page failed or data are missing, 2 wrong usage.
 """
 
 import argparse
@@ -14,8 +13,7 @@ from itertools import chain
 
 from .errors import Stopped, UserError
 
-STOPPED = 75
-"""EX_TEMPFAIL: start again to go on."""
+STOPPED = 75  # EX_TEMPFAIL: start again to go on
 
 
 def seconds(text):
@@ -50,22 +48,19 @@ def parser():
 
     def command(name, text, action):
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(action=action)
-        return sub
+        sub.set_defaults(action=action, wrong_usage=sub.error)
+        return sub.add_argument
 
-    def with_grid(sub, **optional):
+    def with_grid(option, **optional):
         every = [*EXHIBITS, "all"]
-        sub.add_argument("exhibit", choices=every, metavar="EXHIBIT", help=", ".join(every), **optional)
-        sub.add_argument("--profile", default="quick", choices=PROFILES, help="default: quick")
-        sub.add_argument("--seeds", type=at_least(0), nargs="+", metavar="N", help="default: the profile's own")
+        option("exhibit", choices=every, metavar="EXHIBIT", help=", ".join(every), **optional)
+        option("--profile", default="quick", choices=PROFILES, help="default: quick")
+        option("--seeds", type=at_least(0), nargs="+", metavar="N", help="default: the profile's own")
 
-    def with_training(sub):
-        option = sub.add_argument
+    def with_training(option):
         option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         option("--workers", type=at_least(1), metavar="N", help="runs at once; default one per CPU core or GPU")
-        option(
-            "--budget", type=seconds, metavar="TIME", help="stop cleanly after this time, such as 9m; exit status 75"
-        )
+        option("--budget", type=seconds, metavar="TIME", help="stop cleanly after this time, such as 9m; then exit 75")
         option("--only-whole", action="store_true", help="with --budget: train no run that would not end in it")
         option("--backend", default="local", choices=["local", "ray"], help="ray: the runs on a Ray cluster")
         option("--ray-address", metavar="HOST", help="default: RAY_ADDRESS, the cluster on this machine, or a new one")
@@ -73,23 +68,22 @@ def parser():
         option("--no-graphs", dest="graphs", action="store_false", help="on a GPU: no CUDA graphs, slower")
         option("--retry", action="store_true", help="train runs again that failed before")
 
-    sub = command("train", "train what an exhibit is missing", train)
-    with_grid(sub)
-    with_training(sub)
-    sub = command("status", "what is done, running, pending or failed, and the time left", status)
-    with_grid(sub, nargs="?", default="all")
-    sub = command("report", "train what is missing, execute the notebooks and render the HTML report", report)
-    with_grid(sub, nargs="?", default="all")
-    with_training(sub)
-    sub.add_argument("--no-train", action="store_true", help="render only what is on disk; the rest says 'not run'")
-    sub = command("data", "fetch or prepare a data set, and verify it", fetch_data)
-    sub.add_argument("dataset", help="its name; 'imagenet100' and 'folder' are prepared from your own files")
-    sub.add_argument("--from", dest="source", metavar="DIR", help="the folder with train/<class>/ and val/<class>/")
-    sub.add_argument("--name", help="with 'folder': what to call the data set")
-    sub.add_argument("--size", type=at_least(1), help="with 'folder': height and width of its images in pixels")
-    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
-    sub.add_argument("--workers", type=at_least(1), metavar="N", help="processes that decode; default one per CPU core")
-    sub.set_defaults(wrong_usage=sub.error)
+    option = command("train", "train what an exhibit is missing", train)
+    with_grid(option)
+    with_training(option)
+    option = command("status", "what is done, running, pending or failed, and the time left", status)
+    with_grid(option, nargs="?", default="all")
+    option = command("report", "train what is missing, execute the notebooks and render the HTML report", report)
+    with_grid(option, nargs="?", default="all")
+    with_training(option)
+    option("--no-train", action="store_true", help="render only what is on disk; the rest says 'not run'")
+    option = command("data", "fetch or prepare a data set, and verify it", fetch_data)
+    option("dataset", help="its name; 'imagenet100' and 'folder' are prepared from your own files")
+    option("--from", dest="source", metavar="DIR", help="the folder with train/<class>/ and val/<class>/")
+    option("--name", help="with 'folder': what to call the data set")
+    option("--size", type=at_least(1), help="with 'folder': height and width of its images in pixels")
+    option("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
+    option("--workers", type=at_least(1), metavar="N", help="threads that decode; default one per CPU core")
     return top
 
 
@@ -101,7 +95,7 @@ def grids(options):
     found = {name: EXHIBITS[name].grid(options.profile, options.seeds) for name in names}
     if options.seeds and (outside := set().union(*found.values()) - set(tiers(options.profile))):
         listed = ", ".join(map(str, sorted({run.seed for run in outside})))
-        told = f"are outside of what {options.profile} plans: shown, never judged"
+        told = f"are outside of what {options.profile} plans: shown, judged only with all of twice the seeds"
         print(f"{len(outside)} runs of seed {listed} {told}", file=sys.stderr)
     return found
 
@@ -121,7 +115,6 @@ def train(options):
     done = len(train_missing(options, runs))
     left = len(runs) - done
     print(f"{done} of {len(runs)} runs are trained, {left} not run" if left else f"{done} runs are trained")
-    return 0
 
 
 def report(options):
@@ -132,14 +125,14 @@ def report(options):
     if options.exhibit != "all" and not EXHIBITS[options.exhibit].notebook:
         raise UserError(f"{options.exhibit} has no page: use `train {options.exhibit}` and `status {options.exhibit}`")
     runs, code = dict.fromkeys(chain(*grids(options).values())), 0
-    if not options.no_train:
-        try:
+    try:
+        if not options.no_train:
             train_missing(options, runs)
-        except Stopped:
-            raise
-        except UserError as error:  # the report shows what there is
-            print(f"silalib: {error}", file=sys.stderr)
-            code = 1
+    except Stopped:
+        raise
+    except UserError as error:  # the report shows what there is
+        print(f"silalib: {error}", file=sys.stderr)
+        code = 1
     names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
     code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
     states = Counter(map(state, runs))
@@ -154,9 +147,7 @@ def report(options):
 def status(options):
     from .analysis import status
 
-    for line in status.lines(options.profile, options.seeds, grids(options)):
-        print(line)
-    return 0
+    print(*status.lines(options.profile, options.seeds, grids(options)), sep="\n")
 
 
 def fetch_data(options):
@@ -164,47 +155,40 @@ def fetch_data(options):
     from .data import prepared
     from .launch.prepare import prepare
 
-    free = options.dataset == "folder"
-    if free and None in (options.source, options.name, options.size):
+    name = options.dataset
+    if name == "folder" and None in (options.source, options.name, options.size):
         options.wrong_usage("'folder' needs --from DIR, --name and --size")
-    if not free and (options.name or options.size):
+    if name != "folder" and (options.name or options.size):
         options.wrong_usage("--name and --size belong to 'folder'")
-    if not free and options.source and options.dataset != "imagenet100":
+    if name not in ("folder", "imagenet100") and options.source:
         options.wrong_usage("--from belongs to 'imagenet100' and 'folder'")
-    name = options.name if free else options.dataset
+    name = options.name or name
     if options.source:
         prepare(name, options.source, options.size, options.skip_broken, options.workers)
-    spec = data.dataset(name)
-    images = data.load(name)
+    spec, images = data.dataset(name), data.load(name)
     if spec.prepared and not options.source:
         prepared.verify(data.data_folder() / spec.folder)
     where = f"in {data.data_folder() / spec.folder}, verified" if spec.folder else "without a file to download"
     train, test = len(images.train_labels), len(images.test_labels)
     if (train, test) != (spec.train, spec.test):
-        print(
-            f"silalib: warning: {spec.title} has {spec.train:,} training and {spec.test:,} test images, but here are "
-            f"{train:,} and {test:,}: results will not compare with the paper's",
-            file=sys.stderr,
-        )
+        known = f"{spec.title} has {spec.train:,} training and {spec.test:,} test images, but here are"
+        unlike = f"{train:,} and {test:,}: results will not compare with the paper's"
+        print(f"silalib: warning: {known} {unlike}", file=sys.stderr)
     print(f"{spec.title}: {train} training and {test} test images {where}")
-    return 0
 
 
 def main(arguments=None):
     try:
         options = parser().parse_args(arguments)
-        if "RANK" in os.environ:
-            from .launch import torchrun
+        if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["RANK"]):  # not the first of torchrun's processes
+            if "retry" in options and not getattr(options, "no_train", False):
+                from .launch import torchrun
 
-            if torchrun.follows():  # takes part in the training of the first process, if there is one
-                if "retry" in options and not getattr(options, "no_train", False):
-                    torchrun.follow(options.device)
-                return 0
-        return options.action(options)
-    except KeyboardInterrupt:
-        line, code = "interrupted; start again to go on", STOPPED
-    except Stopped as error:
-        line, code = error, STOPPED
+                torchrun.follow(options.device)
+            return 0
+        return options.action(options) or 0
+    except (Stopped, KeyboardInterrupt) as error:
+        line, code = str(error) or "interrupted; start again to go on", STOPPED
     except UserError as error:
         line, code = f"error: {error}", 1
     except OSError as error:
@@ -214,8 +198,7 @@ def main(arguments=None):
 
 
 def leave(status):
-    """End this process. One of torchrun's ends at once: Python, while it closes down, is aborted by a thread of the
-    process group that lets go of a tensor only then, and torchrun calls the whole command failed."""
+    """End this process; under torchrun without Python's shutdown, which a thread of the process group can abort."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()

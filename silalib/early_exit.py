@@ -1,10 +1,7 @@
 """Early exit: what each exit costs, anytime prediction, budgeted batch classification, and inference that stops early.
 
-The confidence of an exit is its largest softmax probability. A sample leaves at the first exit whose confidence
-reaches that exit's threshold; the last exit takes the rest. Thresholds come from images held out of the training
-set, never from the test set. Arrays of C exits and n samples have shape (C, n); exits count from 0, costs are in
-multiply-accumulates (MACs) of convolutions and linear layers for one image.
-"""
+A sample leaves at the first exit whose confidence, its largest softmax probability, reaches that exit's threshold; the
+last takes the rest. Thresholds come from images held out of the training set. Exits count from 0, costs are MACs."""
 
 import timeit
 from itertools import accumulate
@@ -18,19 +15,18 @@ from .errors import UserError
 from .models import macs_by_layer
 from .models.msdnet import MSDNet
 
+SWEEP = np.geomspace(1 / 20, 20, 41).tolist()
+"""Values of q from nearly every sample at the first exit to nearly every one at the last."""
+
 
 def exit_costs(network, image, budgeted=False):
-    """MACs of every exit for an image of shape (C, H, W), as a list; every layer of a block counts.
-
-    Exit k on its own needs blocks 0..k and classifier k. budgeted: blocks 0..k and classifiers 0..k, as each is asked
-    whether the image may leave. A network without exits has one cost.
-    """
+    """Multiply-accumulates (MACs) of every exit for an image of shape (C, H, W), as a list; one without exits.
+    Exit k needs blocks 0..k and classifier k; budgeted: classifiers 0..k, each is asked whether the image may leave."""
     macs = macs_by_layer(network, image)
     if not isinstance(network, MSDNet):
         return [sum(macs.values())]
     part = lambda prefix: sum(n for layer, n in macs.items() if layer.startswith(prefix))
-    blocks = [part(f"blocks.{k}.") for k in range(len(network.blocks))]
-    classifiers = [part(f"classifiers.{k}.") for k in range(len(network.blocks))]
+    blocks, classifiers = ([part(f"{of}.{k}.") for k in range(len(network.blocks))] for of in ("blocks", "classifiers"))
     if budgeted:
         return list(accumulate(b + c for b, c in zip(blocks, classifiers)))
     return [b + c for b, c in zip(accumulate(blocks), classifiers)]
@@ -40,12 +36,7 @@ def anytime(record):
     """Anytime prediction (Figure 5): a data frame with a row per exit: exit, macs, top1, top5 (percent), nll."""
     import pandas as pd
 
-    rows = [{"exit": k} | {m: head[m] for m in ("macs", "top1", "top5", "nll")} for k, head in enumerate(record.heads)]
-    return pd.DataFrame(rows)
-
-
-SWEEP = np.geomspace(1 / 20, 20, 41).tolist()
-"""Values of q from nearly every sample at the first exit to nearly every one at the last."""
+    return pd.DataFrame(record.heads, columns=["macs", "top1", "top5", "nll"]).rename_axis("exit").reset_index()
 
 
 def exit_distribution(q, exits):
@@ -58,36 +49,30 @@ def exit_distribution(q, exits):
 
 
 def distribution_for(budget, costs):
-    """The `exit_distribution` whose average cost is the budget, in MACs an image; shape (C,).
-
-    A budget above the last exit's cost buys nothing more: every sample goes to the last exit. Raises UserError for a
-    budget below the first exit's cost.
-    """
+    """The `exit_distribution` (C,) whose average cost is the budget, in MACs an image; above the last exit's cost every
+    sample goes to the last exit. Raises UserError for a budget below the first exit's cost."""
     from scipy.optimize import brentq
 
     costs = np.asarray(costs, float)
     if not budget >= costs[0]:
         raise UserError(f"a budget of {budget:g} MACs an image is below the first exit's cost, {costs[0]:g}")
-    if budget == costs[0] or budget >= costs[-1]:
-        return np.eye(len(costs))[0 if budget < costs[-1] else -1]
     excess = lambda log_q: exit_distribution(np.exp(log_q), len(costs)) @ costs - budget
-    ends = -40, 40  # where all samples are at one end up to rounding
-    log_q = ends[0] if excess(ends[0]) >= 0 else ends[1] if excess(ends[1]) <= 0 else brentq(excess, *ends, xtol=1e-12)
-    return exit_distribution(np.exp(log_q), len(costs))
+    if excess(40) <= 0:  # where all samples are at one end, up to rounding
+        return np.eye(len(costs))[-1]
+    if excess(-40) >= 0:
+        return np.eye(len(costs))[0]
+    return exit_distribution(np.exp(brentq(excess, -40, 40, xtol=1e-12)), len(costs))
 
 
 def thresholds(confidence, shares):
     """Thresholds (C,) at which the samples of confidence (C, n) leave in the given shares (C,), up to ties.
-
-    Samples with equal confidence leave together, so more than asked may leave at an exit; the next ones then let fewer
-    go. An exit where nobody should leave has the threshold infinity, the last one has minus infinity.
+    Samples with equal confidence leave together; the next exits then let fewer go. An exit where nobody should leave
+    has the threshold infinity, the last one has minus infinity. Raises ValueError for shares that do not add up to 1.
     """
     exits, n = confidence.shape
     if len(shares) != exits or not np.isclose(np.sum(shares), 1) or np.min(shares) < 0:
         raise ValueError(f"shares {shares}: give one for each of {exits} exits, none negative, which add up to 1")
-    chosen = np.full(exits, np.inf)
-    chosen[-1] = -np.inf
-    waiting = np.ones(n, bool)
+    chosen, waiting = np.array([np.inf] * (exits - 1) + [-np.inf]), np.ones(n, bool)
     for k, target in enumerate(np.rint(n * np.cumsum(shares)).astype(int)[:-1]):
         here = confidence[k, waiting]
         leave = target - (n - len(here))
@@ -105,11 +90,8 @@ def exit_index(confidence, limits):
 
 
 def evaluate(confidence, correct, limits, costs):
-    """What thresholds (C,) give on samples of confidence and correctness (C, n), with the exits' budgeted costs (C,).
-
-    Returns top1 in percent, macs (the average cost of a sample) and shares (C,), the part that left at each exit.
-    Raises UserError without samples.
-    """
+    """What thresholds (C,) give on samples of confidence and correctness (C, n), with the exits' budgeted costs (C,):
+    top1 in percent, macs (the mean cost) and shares (C,) that left at each exit. Raises UserError without samples."""
     if not confidence.shape[1]:
         raise UserError("there are no samples to evaluate: give at least one")
     exits = exit_index(confidence, limits)
@@ -120,10 +102,8 @@ def evaluate(confidence, correct, limits, costs):
 
 def exit_predictions(record, split):
     """(confidence, predicted, labels) of a record's "test" or "calibration" images; (C, n), (C, n), (n,).
-
-    Raises UserError where the run held no images out, and where the predictions of each image were not kept.
-    """
-    _held_out(record)
+    Raises UserError where the run held no images out, and where the predictions of each image were not kept."""
+    _check_held_out(record)
     prefix = "calibration_" if split == "calibration" else ""
     confidence, predicted = (_of_exits(record.test, f"{prefix}{name}") for name in ("confidence", "predicted"))
     return confidence, predicted, record.test[f"{prefix}labels"]
@@ -135,66 +115,46 @@ def _of_exits(arrays, name):
 
 
 def sweep(arrays, costs):
-    """The rows of budgeted.csv, a dict for each q of SWEEP: q, macs, top1, threshold_0 .. and share_0 .. of the exits.
-
-    arrays: those of test.npz, with images held out.
-    """
+    """The rows of budgeted.csv, from the arrays of test.npz: of each q macs, top1, a threshold and a share per exit."""
     held_out = _of_exits(arrays, "calibration_confidence")
     confidence, predicted = _of_exits(arrays, "confidence"), _of_exits(arrays, "predicted")
-    rows = []
     for q in SWEEP:
         limits = thresholds(held_out, exit_distribution(q, len(costs)))
-        result = evaluate(confidence, predicted == arrays["labels"], limits, costs)
-        row = {"q": q, "macs": result["macs"], "top1": result["top1"]}
-        for name, values in (("threshold", limits), ("share", result["shares"])):
-            row |= {f"{name}_{k}": float(value) for k, value in enumerate(values)}
-        rows.append(row)
-    return rows
+        found = evaluate(confidence, predicted == arrays["labels"], limits, costs)
+        of_exits = {f"threshold_{k}": float(limit) for k, limit in enumerate(limits)}
+        of_exits |= {f"share_{k}": float(share) for k, share in enumerate(found["shares"])}
+        yield {"q": q, "macs": found["macs"], "top1": found["top1"]} | of_exits
 
 
 def budgeted(record):
     """Budgeted batch classification (Figure 4): a data frame with a row for each q of the sweep.
-
     Columns: q; macs and top1 (percent) of the test images; thresholds, chosen on the images held out, and shares of the
-    test images, a list with one entry per exit each. Raises UserError where the run held no images out.
-    """
-    _held_out(record)
+    test images, lists with an entry per exit. Raises UserError where the run held no images out."""
+    _check_held_out(record)
     table = record.budgeted
     listed = lambda name: table[[f"{name}_{k}" for k in range(len(record.heads))]].to_numpy().tolist()
     return table[["q", "macs", "top1"]].assign(thresholds=listed("threshold"), shares=listed("share"))
 
 
-def _held_out(record):
+def _check_held_out(record):
     if not record.run.holdout:
         raise UserError(f"{record.run} held no images out to choose thresholds from: train it with holdout above 0")
 
 
-class TruncatedMSDNet(nn.Module):
-    """An MSDNet that ends at one exit: images -> its logits (B, N); anytime prediction with a budget known before.
-
-    model: an MSDNet, or what `load_network` gives. UserError for an exit that it does not have.
-    """
-
-    def __init__(self, model, exit):
-        super().__init__()
-        self.before, network = _parts(model)
-        if not 0 <= exit < len(network.blocks):
-            raise UserError(f"exit {exit}: this network has exits 0 to {len(network.blocks) - 1}")
-        self.blocks = nn.Sequential(*network.blocks[: exit + 1])
-        self.classifier = network.classifiers[exit]
-        self.eval()
-
-    @torch.no_grad()
-    def forward(self, images):
-        return self.classifier(self.blocks(self.before(images))[-1])
+def truncated_msdnet(model, exit):
+    """An MSDNet that ends at one exit, as a function: images -> its logits (B, N); for a budget known before.
+    model: an MSDNet, or what `load_network` gives. Raises UserError for an exit that it does not have."""
+    before, network = _parts(model.eval())
+    if not 0 <= exit < len(network.blocks):
+        raise UserError(f"exit {exit}: this network has exits 0 to {len(network.blocks) - 1}")
+    blocks = nn.Sequential(*network.blocks[: exit + 1])
+    return torch.no_grad()(lambda images: network.classifiers[exit](blocks(before(images))[-1]))
 
 
 class EarlyExit(nn.Module):
     """An MSDNet that computes no further than it must: images (B, ...) -> (logits (B, N), exit (B,)), in their order.
-
-    model: an MSDNet, or what `load_network` gives. thresholds: one per exit, as `thresholds` gives them. After every
-    exit the samples whose confidence reaches its threshold leave; only the others enter the next block.
-    """
+    model: an MSDNet, or what `load_network` gives. thresholds: one per exit. After every exit the samples whose
+    confidence reaches its threshold leave; only the others enter the next block."""
 
     def __init__(self, model, thresholds):
         super().__init__()
@@ -208,20 +168,18 @@ class EarlyExit(nn.Module):
     def forward(self, images):
         features = self.before(images)
         waiting = torch.arange(len(images), device=features.device)
-        exits = torch.full_like(waiting, len(self.thresholds) - 1)
-        logits = None
+        exits, logits = torch.full_like(waiting, len(self.thresholds) - 1), None
         parts = zip(self.network.blocks, self.network.classifiers, self.thresholds)
         for k, (block, classifier, threshold) in enumerate(parts):
             features = block(features)
             z = classifier(features[-1])
             logits = z if logits is None else logits.index_copy_(0, waiting, z)
-            stay = ~(z.log_softmax(1).amax(1).exp() >= threshold)  # NaN reaches no threshold
-            if k + 1 == len(self.thresholds) or not stay.any():
-                exits[waiting] = k
+            leave = z.log_softmax(1).amax(1).exp() >= threshold  # not so for NaN
+            exits[waiting[leave]] = k
+            if leave.all():
                 break
-            exits[waiting[~stay]] = k
-            if not stay.all():
-                features, waiting = [f[stay] for f in features], waiting[stay]
+            if leave.any():
+                features, waiting = [f[~leave] for f in features], waiting[~leave]
         return logits, exits
 
 
@@ -236,11 +194,7 @@ def _parts(model):
 def milliseconds(model, images, batch_size, repeats=3):
     """Measured milliseconds an image of model(batch) over all images, here and now: the fastest of some repeats."""
     batches = images.split(batch_size)
-
-    def work():
-        for batch in batches:
-            model(batch)
-
+    work = lambda: [model(batch) for batch in batches]
     with torch.no_grad():
         model(batches[0])  # warms up; the clock waits for a GPU
         return 1000 * min(timeit.repeat(work, timer=benchmark.timer, number=1, repeat=repeats)) / len(images)

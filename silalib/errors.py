@@ -15,12 +15,9 @@ class MissingData(UserError):
 class CorruptFile(UserError):
     """A file is missing or is not what was written; what: how to mend that."""
 
-    def __init__(self, path, what):
-        super().__init__(path, what)  # constructor arguments, for unpickling
-        self.path, self.line = path, f"{path} is {'damaged' if path.exists() else 'missing'}: {what}"
-
-    def __str__(self):
-        return self.line
+    def __init__(self, path, what=None):
+        super().__init__(f"{path} is {'damaged' if path.exists() else 'missing'}: {what}" if what else path)
+        self.path = path  # without `what` it is being unpickled: the message, and then the path
 
 
 class NoRoom(UserError):

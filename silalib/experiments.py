@@ -1,12 +1,6 @@
 """The grid of each exhibit at each profile, as code: `table1("quick")` -> list of Runs.
 
-A profile scales the paper's protocol. quick: digits and narrow networks, a stand-in for the real data; small: real
-data within reach of two cores, trained until the networks fit them, one pair of networks a table; short: a tenth of
-the schedule; paper: the paper's own. docs/protocol.md states what is judged by these runs, and by which rule.
-
-Independent training (IND) is a pair, as the other methods are: Net1 is the single network to the last bit, and each
-network of a pair has one that began alike and saw the same batches. An MSDNet, and Figure 6's network, are alone.
-"""
+A profile scales the paper's protocol; docs/protocol.md says how, what is judged by these runs, and by which rule."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,37 +11,40 @@ from .losses import PAPER_METHODS
 from .run import PAPER_MILESTONES, Run
 
 PROFILES = ("quick", "small", "short", "paper")
-
 RESNET18 = ("resnet18", "resnet18")
+DIGITS = dict(dataset="digits", train_size=512)
 
-TABLE1_PAIRS = (
-    ("mobilenet", "mobilenet"), RESNET18, ("mobilenet", "resnet18"), ("vgg13", "vgg13"), ("mobilenet", "vgg13"),
-)  # fmt: skip
-"""The pairs of Table 1, in its order of rows."""
-
-TABLE2_PAIRS = (RESNET18, ("resnet34", "resnet34"), ("resnet18", "resnet34"))
-
-TABLE3_NETS = ("vgg19", "resnet34", "mobilenet", "wrn16_10", "densenet121")
-
-QUICK_TABLE3 = {
+TABLE3 = {
     "vgg19": dict(batch_size=32, epochs=7, gamma=0.75, lr=0.05),
     "resnet34": dict(batch_size=32, warmup=0.25),
-    "wrn16_10": dict(batch_size=32, epochs=7, warmup=1.0, gamma=0.85, lr=0.2, width=0.0625),
     "mobilenet": dict(epochs=5, warmup=0.25),
+    "wrn16_10": dict(batch_size=32, epochs=7, warmup=1.0, gamma=0.85, lr=0.2, width=0.0625),
     "densenet121": dict(batch_size=16, warmup=0.25, lr=0.2),
 }
-"""Overrides of `quick` for Table 3: what these networks need to learn from AutoAugment's images."""
+"""The networks of Table 3, and what each needs in `quick` to learn from AutoAugment's images."""
 
 SEEDS = {
-    "quick": dict(table1=2, fig6=2, others=1),
-    "small": dict(
-        table1=8, fig6=5, table3=5, msdnet=5, equal_compute=8, mean_peer=6, coupling=3, regime=2, choices=2, others=3
-    ),
-    "short": dict(others=3),
-    "paper": dict(others=3),
+    "quick": dict(table1=2, fig6=2),
+    "small": dict(table1=8, fig6=5, table3=5, msdnet=5, equal_compute=8, mean_peer=6, regime=2, choices=2),
 }
-"""How many seeds, from 0, are planned at each profile: written before the first record. What shares the runs of Table 1
-(Figures 3 and 7, and the arms beside them) has those seeds."""
+"""Seeds planned before the first record, from 0, of each part that has not 3 (`quick`: 1) of them. What shares the runs
+of Table 1 (Figures 3 and 7, and the arms beside them) has those seeds."""
+
+NOISE = {
+    "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2, hessian_images=4),
+    "small": dict(noise_images=1000, noise_sigmas=5),
+    "short": dict(noise_images=10000),
+    "paper": dict(noise_images=10000, hessian_images=500),
+}
+"""Robustness is measured on Table 1's ResNet18 (Figure 7), on even numbers of images: the backward pass of an odd
+batch crashes torch 2.13 on a CPU with two threads."""
+
+UNMEASURED = dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0)
+ALONE = dict(nets=("resnet18",), method="ind")
+SILENT = dict(augment="crop+flip+rotate15", gamma=0.2, nesterov=False, init="pytorch")
+"""Where the paper is silent, `paper` and `short` follow public code whose accuracies are nearest to its IND rows."""
+
+COUPLINGS = (0.0, 0.5, 1.0, 2.0, 4.0)  # weights of SiLa's coupling: 0 is independent training, 1 is SiLa
 
 
 def check_profile(profile):
@@ -56,42 +53,30 @@ def check_profile(profile):
 
 
 def seeds_for(part, profile, seeds=None):
-    """The seeds asked for, or those planned for a part of the profile's grids, a key of SEEDS[profile]."""
+    """The seeds asked for, or those planned for a part of the profile's grids."""
     check_profile(profile)
     if seeds is None:
-        return tuple(range(SEEDS[profile].get(part, SEEDS[profile]["others"])))
+        return tuple(range(SEEDS.get(profile, {}).get(part, 1 if profile == "quick" else 3)))
     if not isinstance(seeds, (list, tuple)) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"seeds {seeds!r}: give a list of whole numbers from 0, such as [0, 1, 2]")
     return tuple(dict.fromkeys(seeds))
 
 
-def scaled_milestones(epochs):
-    """The paper's milestones out of 260 epochs for a schedule of another length; the trainer rounds them to steps."""
-    return tuple(round(m * epochs / 260, 4) for m in PAPER_MILESTONES)
-
-
-SILENT = dict(augment="crop+flip+rotate15", gamma=0.2, nesterov=False, init="pytorch")
-"""Where the paper is silent, `paper` and `short` follow public code whose accuracies are nearest to its IND rows."""
-
-
 def cifar_run(profile, nets, **changes):
-    """One training of Tables 1, 2 and 3 at a profile."""
+    """One training of Tables 1, 2 and 3 at a profile; the paper's milestones scale with its epochs."""
     settings = {
-        "quick": dict(
-            dataset="digits", train_size=512, batch_size=20, epochs=4, warmup=0.5, gamma=0.8, width=0.125,
-            augment="none",
-        ),
+        "quick": DIGITS | dict(batch_size=20, epochs=4, warmup=0.5, gamma=0.8, width=0.125, augment="none"),
         "small": dict(train_size=10000, width=0.25, epochs=60, gamma=0.7),
         "short": SILENT | dict(epochs=26),
         "paper": SILENT,
-    }[profile] | changes  # fmt: skip
+    }[profile] | changes
     if profile != "paper":
-        settings["milestones"] = scaled_milestones(settings["epochs"])
+        settings["milestones"] = [round(m * settings["epochs"] / 260, 4) for m in PAPER_MILESTONES]
     return Run(nets=nets, **settings)
 
 
 def pairs_and_ind(profile, seeds, pairs, methods, settings):
-    """For each seed every pair with each method; IND of pairs of a kind alone. settings(pair) -> Run fields."""
+    """For each seed every pair with each method, IND of equal ones: its Net1 is the single network to the last bit."""
     return [
         cifar_run(profile, pair, method=method, seed=seed, **settings(pair))
         for seed in seeds
@@ -101,56 +86,38 @@ def pairs_and_ind(profile, seeds, pairs, methods, settings):
     ]
 
 
-NOISE = {
-    "quick": dict(noise_images=100, noise_sigmas=4, noise_draws=2, hessian_images=4),
-    "small": dict(noise_images=1000, noise_sigmas=5),
-    "short": dict(noise_images=10000),
-    "paper": dict(noise_images=10000, hessian_images=500),
-}
-"""Robustness is measured on Table 1's ResNet18 (Figure 7).
-
-Even numbers of images: the backward pass of an odd batch crashes torch 2.13 on a CPU with two threads.
-"""
-
-
 def table1(profile="quick", seeds=None):
     """Table 1: five pairs with three methods, and IND of three networks; `small` has ResNet18's pair alone."""
-    seeds, pairs = seeds_for("table1", profile, seeds), TABLE1_PAIRS if profile != "small" else (RESNET18,)
-    return pairs_and_ind(profile, seeds, pairs, PAPER_METHODS, lambda pair: NOISE[profile] if pair == RESNET18 else {})
+    m, r, v = "mobilenet", "resnet18", "vgg13"
+    pairs = [(m, m), RESNET18, (m, r), (v, v), (m, v)] if profile != "small" else [RESNET18]
+    settings = lambda pair: NOISE[profile] if pair == RESNET18 else {}
+    return pairs_and_ind(profile, seeds_for("table1", profile, seeds), pairs, PAPER_METHODS, settings)
 
 
 def table2(profile="quick", seeds=None):
-    """Table 2: ResNet18 and ResNet34 on ImageNet-100 in three pairs, and IND of both; `small` has ResNet18's.
-
-    quick uses digits of 64x64 pixels, a size that suits the stem for large images.
-    """
-    seeds, pairs = seeds_for("table2", profile, seeds), TABLE2_PAIRS if profile != "small" else (RESNET18,)
+    """Table 2: ResNet18 and ResNet34 on ImageNet-100 in three pairs, and IND of both; `small` has ResNet18's."""
+    pairs = [RESNET18, ("resnet34", "resnet34"), ("resnet18", "resnet34")][: 1 if profile == "small" else 3]
     settings = dict(dataset="imagenet100", augment="flip" if profile == "small" else "flip+rotate15", stem="imagenet")
     if profile == "quick":
-        settings = dict(dataset="digits64", batch_size=32, stem="imagenet")
-    return pairs_and_ind(profile, seeds, pairs, PAPER_METHODS, lambda pair: settings)
+        settings = dict(dataset="digits64", batch_size=32, stem="imagenet")  # a size that suits the stem
+    return pairs_and_ind(profile, seeds_for("table2", profile, seeds), pairs, PAPER_METHODS, lambda pair: settings)
 
 
 def table3(profile="quick", seeds=None):
     """Table 3: five networks on CIFAR-10 and CIFAR-100 with AutoAugment, each paired with itself by IND and SiLa.
-
-    quick has digits in place of both, `small` MobileNet only, in batches of 32: it lacked steps.
-    """
+    quick has digits in place of both, `small` MobileNet only, in batches of 32: it lacked steps."""
     seeds = seeds_for("table3", profile, seeds)
     if profile == "quick":
-        parts = [lambda pair: dict(augment="autoaugment") | QUICK_TABLE3[pair[0]]]
+        parts = [lambda pair: dict(augment="autoaugment") | TABLE3[pair[0]]]
     else:
         base = dict(augment="crop+flip+autoaugment") | (dict(batch_size=32) if profile == "small" else {})
         parts = [lambda pair, name=name: base | dict(dataset=name) for name in ("cifar10", "cifar100")]
-    pairs = [(net, net) for net in (TABLE3_NETS if profile != "small" else ("mobilenet",))]
+    pairs = [(net, net) for net in TABLE3 if profile != "small" or net == "mobilenet"]
     return list(chain(*(pairs_and_ind(profile, seeds, pairs, ("ind", "sila"), settings) for settings in parts)))
 
 
 def variants(profile="quick", seeds=None):
-    """What the paper's equations allow and its tables do not show: three networks, and uneven betas; one seed.
-
-    `small`, whose hours go into what is judged, leaves them out.
-    """
+    """What the equations allow and no table shows, three networks and uneven betas: one seed, nothing in `small`."""
     seed = seeds_for("variants", profile, seeds)[0]
     runs = [cifar_run(profile, ("resnet18",) * 3, seed=seed), cifar_run(profile, RESNET18, seed=seed, betas=(1, 0.5))]
     return runs if profile != "small" else []
@@ -166,27 +133,21 @@ def fig7(profile="quick", seeds=None):
     return [run for run in table1(profile, seeds) if run.nets == RESNET18]
 
 
-def fig6(profile="quick", seeds=None):
-    """Figure 6: the 12-layer network with two features, independent and with SiLa, at 16 channels."""
-    return fig6_runs(profile, seeds_for("fig6", profile, seeds))
-
-
-def fig6_runs(profile, seeds, **changes):
-    """Figure 6's network for each seed, alone and with SiLa, with other fields of Run."""
-    settings = dict(
-        dataset="mnist", width=0.25, epochs=20, milestones=(), warmup=0.0, nesterov=False, augment="none",
-        noise_images=1000, noise_sigmas=5, noise_draws=5, hessian_images=1000,
-    )  # fmt: skip
-    settings |= {
-        "quick": dict(
-            dataset="digits", train_size=512, batch_size=32, epochs=14, lr=0.02, noise_images=0, hessian_images=0
-        ),
+def fig6(profile="quick", seeds=None, **changes):
+    """Figure 6: the 12-layer network with two features at 16 channels, alone (IND) and as a pair (SiLa)."""
+    seeds = seeds_for("fig6", profile, seeds)
+    scaled = {
+        "quick": DIGITS | dict(batch_size=32, epochs=14, lr=0.02, noise_images=0, hessian_images=0),
         "small": dict(train_size=10000),
         "short": dict(epochs=2),
         "paper": {},
     }[profile] | changes
-    arms = (("convnet12",), "ind"), (("convnet12",) * 2, "sila")
-    return [Run(nets=nets, method=method, seed=seed, **settings) for seed in seeds for nets, method in arms]
+    base = Run(
+        dataset="mnist", nets="convnet12", method="ind", width=0.25, epochs=20, milestones=(), warmup=0.0,
+        nesterov=False, augment="none", noise_images=1000, noise_sigmas=5, noise_draws=5, hessian_images=1000,
+    )  # fmt: skip
+    runs = [replace(base, seed=seed, **scaled) for seed in seeds]
+    return list(chain(*((run, replace(run, nets=("convnet12",) * 2, method="sila")) for run in runs)))
 
 
 def fig4(profile="quick", seeds=None):
@@ -195,10 +156,7 @@ def fig4(profile="quick", seeds=None):
 
 
 def fig5(profile="quick", seeds=None):
-    """Figure 5: the MSDNet for anytime prediction, IND and SiLa. `small` has Figure 4's runs first, which serve it too.
-
-    An exit's cost and accuracy do not ask whether images were held out.
-    """
+    """Figure 5: the MSDNet for anytime prediction. `small` has Figure 4's runs first, which serve it too."""
     grid = exits_grid(profile, seeds, "msdnet_anytime", fewer=4, holdout=0)
     return fig4(profile, seeds) + grid if profile == "small" else grid
 
@@ -216,21 +174,16 @@ def exits_grid(profile, seeds, net, fewer, holdout):
     )  # fmt: skip
     bases = [cifar, replace(cifar, blocks=fewer), imagenet, replace(imagenet, blocks=3)]
     if profile == "short":
-        tenth = lambda run: dict(epochs=run.epochs // 10, milestones=[m / 10 for m in run.milestones])
-        bases = [replace(base, **tenth(base)) for base in bases]
+        bases = [replace(b, epochs=b.epochs // 10, milestones=[m / 10 for m in b.milestones]) for b in bases]
     elif profile == "small":
         bases = [replace(cifar, train_size=10000, epochs=30, milestones=(15, 25.5))]
     elif profile == "quick":
         digits = replace(
-            cifar, dataset="digits", train_size=512, holdout=300 if holdout else 0, augment="none", batch_size=24,
-            width=0.25, epochs=3, milestones=(1.5, 2.55),
+            cifar, **DIGITS, holdout=300 if holdout else 0, augment="none", batch_size=24, width=0.25, epochs=3,
+            milestones=(1.5, 2.55),
         )  # fmt: skip
         bases = [replace(digits, blocks=blocks) for blocks in (4, 2)]
     return [replace(base, seed=seed, method=m) for base in bases for seed in seeds for m in ("ind", "sila")]
-
-
-UNMEASURED = dict(noise_images=0, noise_sigmas=10, noise_draws=10, hessian_images=0)
-ALONE = dict(nets=("resnet18",), method="ind")
 
 
 def plain(run, factor=1, **changes):
@@ -239,22 +192,13 @@ def plain(run, factor=1, **changes):
     return replace(run, **UNMEASURED | schedule | changes)
 
 
-COUPLINGS = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""Weights of SiLa's coupling: 0 is independent training, 1 is SiLa."""
-
-
 def coupling(profile="quick", seeds=None):
-    """Figure 3's runs, which are couplings 0 and 1, beside ResNet18 with other couplings and with a zero peer.
-
-    quick leaves couplings out, `small` also the zero peer.
-    """
+    """Figure 3's runs, which are couplings 0 and 1, beside ResNet18 with other couplings and with a zero peer."""
     runs = fig3(profile, seeds_for("others" if profile == "quick" else "table1", profile, seeds))
     shown = (4.0,) if profile in ("quick", "small") else [c for c in COUPLINGS if c not in (0, 1)]
-    for run in fig3(profile, seeds_for("coupling", profile, seeds)):
-        if run.method == "sila":
-            runs += [plain(run, coupling=c) for c in shown]
-            runs += [plain(run, **ALONE | dict(method="zero-peer"))] if profile != "small" else []
-    return runs
+    changes = [dict(coupling=c) for c in shown] + [ALONE | dict(method="zero-peer")] * (profile != "small")
+    pairs = [run for run in fig3(profile, seeds_for("coupling", profile, seeds)) if run.method == "sila"]
+    return runs + [plain(run, **change) for run in pairs for change in changes]
 
 
 def equal_compute(profile="quick", seeds=None):
@@ -273,19 +217,16 @@ def regime(profile="quick", seeds=None):
 
 
 def choices(profile="quick", seeds=None):
-    """IND and SiLa where the paper is silent and we had to choose, under other choices.
-
-    Figure 6's network without momentum, without weight decay and with twice its channels; and Figure 3's pair with the
-    other augmentation, Nesterov and decay factor: of the eight combinations the half in which an even number of the
-    three is changed, so that each is changed twice and Figure 3 is one of the four. In quick all are cut short.
-    """
+    """IND and SiLa under other choices where the paper is silent: Figure 6's network without momentum, without weight
+    decay and with twice its channels; and Figure 3's pair with the other augmentation, Nesterov and decay factor, in
+    those of the eight combinations with an even number of changes: each is made twice. In quick all are cut short."""
     seeds = seeds_for("choices", profile, seeds)
     cheap, runs, pairs = UNMEASURED, fig6(profile, seeds), fig3(profile, seeds)
     if profile == "quick":
         cheap = UNMEASURED | dict(epochs=1)
-        runs, pairs = fig6_runs(profile, seeds, **cheap), [plain(run, 0.25, width=0.0625) for run in pairs]
+        runs, pairs = fig6(profile, seeds, **cheap), [plain(run, 0.25, width=0.0625) for run in pairs]
     for change in (dict(momentum=0.0), dict(weight_decay=0.0), dict(width=0.5)):
-        runs += fig6_runs(profile, seeds, **cheap | change)
+        runs += fig6(profile, seeds, **cheap | change)
     rotated = "rotate15" in pairs[0].augment
     augment = dict(augment="crop+flip" if rotated else "crop+flip+rotate15")
     nesterov, factor = dict(nesterov=not pairs[0].nesterov), dict(gamma=0.5 if rotated else 0.2)
@@ -313,10 +254,10 @@ EXHIBITS = {
     "fig5": Exhibit("Figure 5: anytime prediction", fig5, "06_fig5_anytime"),
     "fig6": Exhibit("Figure 6: features on MNIST", fig6, "07_fig6_mnist_features"),
     "fig7": Exhibit("Figure 7: training NLL and robustness", fig7, "08_fig7_robustness"),
-    "coupling": Exhibit("The coupling", coupling, "08_fig7_robustness"),
-    "equal_compute": Exhibit("Equal compute", equal_compute, "08_fig7_robustness"),
-    "regime": Exhibit("The regime", regime, None),
-    "choices": Exhibit("The silent choices", choices, None),
+    "coupling": Exhibit("The coupling", coupling, "11_coupling"),
+    "equal_compute": Exhibit("Equal compute", equal_compute, "10_equal_compute"),
+    "regime": Exhibit("The regime", regime, "13_regime_choices"),
+    "choices": Exhibit("The silent choices", choices, "13_regime_choices"),
 }
 
 
@@ -333,15 +274,11 @@ def tiers(profile):
 
 
 def turns(profile):
-    """Every planned run -> its turn; runs of a lower one are trained first, those of one turn the longest first.
-
-    `small`: three seeds of tier 1, for an interval, one of tier 2, the rest of tier 1, the rest of tier 2 seed by seed,
-    and of tier 3 MNIST, the regime, the others. `short` and `paper`: seed by seed. quick: all at once.
-    """
-    if profile == "quick":
-        return dict.fromkeys(tiers(profile), (0, 0))
+    """Every planned run -> its turn: lower ones are trained first, those of one turn the longest first. quick: all at
+    once; `short` and `paper`: seed by seed; `small`: three seeds of tier 1, for an interval, one of tier 2, the rest of
+    tier 1, the rest of tier 2 seed by seed, and of tier 3 MNIST, the regime, the others."""
     if profile != "small":
-        return {run: (0, run.seed) for run in tiers(profile)}
+        return {run: (0, run.seed * (profile != "quick")) for run in tiers(profile)}
     longer_and_shorter = set(regime(profile))
     part = {
         1: lambda run: 0 if run.seed < 3 else 2,

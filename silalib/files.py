@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from .errors import CorruptFile, NoRoom, UserError
 
@@ -37,7 +38,7 @@ def read_bytes(path, what):
 def write_atomically(path, content, previous=None):
     """Write bytes under a temporary name, flush them to disk, rename: the file is whole or not there.
 
-    previous: what to rename a file to that is there already. Raises NoRoom on a disk that is full or read-only.
+    previous: the new name of a file that is there already. Raises NoRoom on a disk that is full or read-only.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -54,8 +55,8 @@ def write_atomically(path, content, previous=None):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        reason = f"cannot write {path} ({error.strerror})"
-        raise NoRoom(f"{reason}: make room and start again to go on; what was there is kept") from None
+        how = "make room and start again to go on; what was there is kept"
+        raise NoRoom(f"cannot write {path} ({error.strerror}): {how}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -86,19 +87,15 @@ def read_sealed(path, what, required=True):
 
 
 def quarantine(damaged, mark="result.json"):
-    """Rename the file that a CorruptFile error names, and the one beside it that marks all as finished, to *.corrupt.
-
-    Returns what was done, in words.
-    """
+    """Rename the file of a CorruptFile, and `mark` beside it, to *.corrupt. Returns what was done, in words."""
     path = damaged.path
-    what = f"was damaged and is now {path.name}.corrupt" if path.exists() else "was missing"
+    done = f"was damaged and is now {path.name}.corrupt" if path.exists() else "was missing"
     try:
-        for old in {path, path.with_name(mark)}:
-            if old.exists():
-                old.replace(f"{old}.corrupt")
+        for old in filter(Path.exists, {path, path.with_name(mark)}):
+            old.replace(f"{old}.corrupt")
     except OSError as error:
         raise UserError(f"cannot rename {path} ({error.strerror}): it is damaged; delete it yourself") from None
-    return f"{path} {what}"
+    return f"{path} {done}"
 
 
 def to_json(value):
@@ -107,18 +104,13 @@ def to_json(value):
 
 def to_csv(rows):
     """A list of dicts as CSV; columns of all rows, numbers in full precision."""
-    import pandas as pd  # here, as processes that decode images import this module
-
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n", na_rep="nan").encode()
 
 
 def to_npz(arrays):
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
+    return to_npy(arrays, lambda file, arrays: np.savez_compressed(file, **arrays))
 
 
-def to_npy(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
+def to_npy(array, save=np.save):
+    save(buffer := io.BytesIO(), array)
     return buffer.getvalue()

@@ -1,14 +1,9 @@
 """The losses of "Siamese Labels Auxiliary Learning" (arXiv 2103.00200); this module needs torch alone.
 
-Every loss takes the logits of C heads (C networks, or the C exits of one network) as a list of tensors
-(B, N), and one target (B,) of class indices. With, for head c and one sample,
-
-    z_c                      its logits, shape (N,)
-    s_c = logsumexp(z_c)     its log-partition, the negative free energy
-    S   = logsumexp(s_1 .. s_C)
-
-the cross-entropy over the C*N siamese labels (equations 8 and 9) is S - z_c[y], so one logsumexp serves all
-C terms and the concatenation of equation 9 is never built:
+Every loss takes the logits of C heads (C networks, or the C exits of one network) as a list of tensors (B, N), and one
+target (B,) of class indices. With z_c (N,) the logits of head c for one sample, s_c = logsumexp(z_c) its log-partition
+(the negative free energy) and S = logsumexp(s_1 .. s_C), the cross-entropy over the C*N siamese labels (equations 8 and
+9) is S - z_c[y], so one logsumexp serves all C terms and the concatenation of equation 9 is never built:
 
     L_sila = sum_c beta_c (S   - z_c[y])       equation 10
     L_ind  = sum_c beta_c (s_c - z_c[y])       independent training
@@ -18,6 +13,7 @@ Half-precision logits are computed in float32: in bfloat16 the gradient is off b
 """
 
 import math
+from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +27,13 @@ def siamese_labels(logits, target, betas=None, coupling=1.0, reduction="mean"):
     betas: C weights, 1 each by default.
     coupling: weight of the coupling beside the independent terms; 1 is SiLa, 0 independent training.
     reduction: "mean" or "sum" over the batch, or "none" for shape (B,).
-    Raises ValueError for an empty list, shapes that differ, a wrong number of betas, an unknown reduction.
-    """
+    Raises ValueError for an empty list, shapes that differ, a wrong number of betas, an unknown reduction."""
     logits = _checked(logits, target)
-    if betas is not None and len(betas) != len(logits):
-        raise ValueError(f"{len(betas)} betas for {len(logits)} heads: give one weight per head")
     s = torch.stack([z.logsumexp(1) for z in logits])
     truth = torch.stack([z.gather(1, target[:, None])[:, 0] for z in logits])
     # At coupling 0 lerp returns s itself, so `independent` is this very computation, to the last bit.
     losses = torch.lerp(s, s.logsumexp(0, keepdim=True), float(coupling)) - truth
-    if betas is not None:
-        losses = torch.stack([beta * loss for beta, loss in zip(betas, losses)])
-    return _reduced(losses.sum(0), reduction)
+    return _reduced(_weighted(losses, betas), reduction)
 
 
 def independent(logits, target, betas=None, reduction="mean"):
@@ -55,19 +46,14 @@ def mutual_kl(logits, temperature=1.0, reduction="mean"):
 
     The peer p_k is a fixed target (detached), so head c is pulled towards its peers and never pulls them.
     Scaled by temperature squared, which keeps the gradient's size. Zhang et al., Deep Mutual Learning, 2018.
-    Shapes and reduction as in `siamese_labels`. Raises ValueError for fewer than two heads.
-    """
+    Shapes and reduction as in `siamese_labels`. Raises ValueError for fewer than two heads."""
     logits = _checked(logits)
     if len(logits) < 2:
         raise ValueError("mutual learning needs at least two heads")
     log_p = [F.log_softmax(z / temperature, 1) for z in logits]
     targets = [lp.detach() for lp in log_p]
-    kl = sum(
-        F.kl_div(log_p[c], targets[k], reduction="none", log_target=True).sum(1)
-        for c in range(len(logits))
-        for k in range(len(logits))
-        if k != c
-    )
+    pairs = permutations(range(len(logits)), 2)
+    kl = sum(F.kl_div(log_p[c], targets[k], reduction="none", log_target=True).sum(1) for c, k in pairs)
     return _reduced(kl * (temperature**2 / (len(logits) - 1)), reduction)
 
 
@@ -87,24 +73,18 @@ def zero_peer(logits, target, betas=None, reduction="mean"):
     """A control that is not in the paper: every head has a constant peer instead of the other heads.
 
     The peer's logits are all -log N, so its s is 0 and its own cross-entropy, taken off, is log N. What is left for
-    head c is CE(z_c, y) + 2 log(2 cosh(s_c / 2)): the coupling alone, without a second network. Arguments as in
-    `siamese_labels`.
-    """
+    head c is CE(z_c, y) + 2 log(2 cosh(s_c / 2)): the coupling alone. Arguments as in `siamese_labels`."""
     logits = _checked(logits, target)
     entropy = math.log(logits[0].shape[1])
     alone = [siamese_labels([z, torch.full_like(z, -entropy)], target, reduction="none") - entropy for z in logits]
-    if betas is not None:
-        alone = [beta * loss for beta, loss in zip(betas, alone, strict=True)]
-    return _reduced(sum(alone), reduction)
+    return _reduced(_weighted(torch.stack(alone), betas), reduction)
 
 
 def mean_peer(logits, target, betas=None, reduction="mean"):
     """A control that is not in the paper: every head's peer is a constant, the mean of the head's own s over the batch.
 
-    For head c it is CE(z_c, y) + 2 log(2 cosh((s_c - mean(s_c)) / 2)) - 2 log 2, the mean detached: the coupling
-    pulls the head towards its own level, where `zero_peer` pulls it to 0, and no second network is trained. Arguments
-    as in `siamese_labels`; the mean is over the whole batch under every reduction.
-    """
+    For head c it is CE(z_c, y) + 2 log(2 cosh((s_c - mean(s_c)) / 2)) - 2 log 2, the mean detached: the head is pulled
+    towards its own level, by `zero_peer` to 0. Arguments as in `siamese_labels`."""
     logits = _checked(logits, target)
     alone = []
     for z in logits:
@@ -113,9 +93,7 @@ def mean_peer(logits, target, betas=None, reduction="mean"):
         # 2 log(2 cosh(d / 2)) without overflow
         coupling = F.softplus(d) + F.softplus(-d) - 2 * math.log(2)
         alone.append(independent([z], target, reduction="none") + coupling)
-    if betas is not None:
-        alone = [beta * loss for beta, loss in zip(betas, alone, strict=True)]
-    return _reduced(sum(alone), reduction)
+    return _reduced(_weighted(torch.stack(alone), betas), reduction)
 
 
 METHODS = {
@@ -128,14 +106,8 @@ METHODS = {
 }
 """Method name -> loss(logits, target, betas=None, reduction="mean")."""
 
-LABELS = {
-    "ind": "IND",
-    "sila": "SiLa",
-    "dml": "DML",
-    "sila+dml": "SiLa+DML",
-    "zero-peer": "zero peer",
-    "mean-peer": "mean peer",
-}
+LABELS = {"ind": "IND", "sila": "SiLa", "dml": "DML", "sila+dml": "SiLa+DML"}
+LABELS |= {"zero-peer": "zero peer", "mean-peer": "mean peer"}
 """Method name -> how it is called in tables and figures: the paper's methods as the paper spells them, then ours."""
 
 PAPER_METHODS = ("ind", "sila", "dml", "sila+dml")
@@ -166,6 +138,15 @@ def _checked(logits, target=None):
     if target is not None and target.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"target of {target.dtype}: give class indices as torch.int64")
     return [z.float() if z.dtype in (torch.float16, torch.bfloat16) else z for z in logits]
+
+
+def _weighted(losses, betas):
+    """The sum over heads of beta_c times the losses (C, B) of head c."""
+    if betas is not None:
+        if len(betas) != len(losses):
+            raise ValueError(f"{len(betas)} betas for {len(losses)} heads: give one weight per head")
+        losses = torch.stack([beta * loss for beta, loss in zip(betas, losses)])
+    return losses.sum(0)
 
 
 def _reduced(losses, reduction):

@@ -29,7 +29,7 @@ class Record:
 
     result: final metrics per head (a list, with the curvature if it was measured), provenance. history: data frame
     with a row per epoch and head; noise, budgeted: data frames. test, features: arrays by name, one entry per head with
-    suffix _0, _1 ..; with images held out, test has their labels, confidence and predicted class too (calibration_*).
+    suffix _0, _1 ..; test has labels, confidence and predicted class of held-out images too (calibration_*).
     Reading a part that was not measured, was not kept, is missing or is damaged raises UserError.
     """
 
@@ -47,21 +47,18 @@ class Record:
     def read(self, name):
         """The bytes of one of the record's files, checked against result.json."""
         expected = self.result["files"].get(name)
-        if expected is None:
-            older = "or is older than it: then delete the folder and train the run again"
-            raise UserError(f"the record {self.path} has no {name}: the run was not asked for it, {older}")
-        if not self.has(name):
-            raise UserError(f"{name} of {self.run.key} was not kept: delete {self.path} and train the run again")
+        if expected is None or not self.has(name):
+            why = "was not kept" if expected else "is not there, as the run was not asked for it or is older than it"
+            raise UserError(f"{name} of {self.run.key} {why}: delete {self.path} and train the run again")
         content = read_bytes(self.path / name, AGAIN)
         if sha256(content) != expected:
             raise CorruptFile(self.path / name, AGAIN)
         return content
 
     def has(self, name):
-        """Whether a file must be here, or is. Weights may be absent, and so may test.npz where no page shows it: of
-        runs that are not measured under noise."""
-        spared = ("weights.safetensors",) if self.run.noise_images else ("weights.safetensors", "test.npz")
-        return name not in spared or (self.path / name).exists()
+        """Whether a file must be here, or is: weights may be absent, and test.npz of runs not measured under noise."""
+        optional = ("weights.safetensors", *([] if self.run.noise_images else ["test.npz"]))
+        return name not in optional or (self.path / name).exists()
 
     def _table(self, name):
         return pd.read_csv(io.BytesIO(self.read(name)))
@@ -79,14 +76,11 @@ def write_record(run, folder, result, files):
         write_atomically(folder / name, content)
     write_sealed(folder / "result.json", {**result, "files": {name: sha256(files[name]) for name in files}})
     remove_leftovers(folder)
-    return load_folder(run, folder)
+    return load(run, folder)
 
 
 def begun(folder):
-    """How the run in a folder began: (when its record was finished, or "" for a checkpoint; its `provenance.here`).
-
-    None where neither is there and whole. Nothing else in the folder is looked at.
-    """
+    """How the run in a folder began, if anything tells: (when its record was finished, or ""; `provenance.here`)."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         provenance = json.loads((folder / "result.json").read_bytes())["provenance"]
         return provenance["finished"], provenance.get("parts", [provenance])[0]
@@ -97,7 +91,7 @@ def begun(folder):
 
 
 def remove_leftovers(folder):
-    """Remove all checkpoints of a run, and why it failed."""
+    """All checkpoints of a run, and why it failed."""
     for leftover in (*folder.glob("checkpoint*.pt"), folder / "failed.json"):
         leftover.unlink(missing_ok=True)
 
@@ -107,24 +101,18 @@ def find(run):
     return next((folder for folder in folders(run) if (folder / "result.json").exists()), None)
 
 
-def load(run):
-    """The Record of a finished run.
+def load(run, folder=None):
+    """The Record of a finished run, from any profile or from a `folder`.
 
-    Raises UserError where it is missing, or of another protocol or other data, and CorruptFile where a file is not what
-    was written; weights are read and verified by `load_network`.
+    Raises UserError where it is missing, or of another protocol or other data, CorruptFile where a file is not what was
+    written; weights are read and verified by `load_network`.
     """
-    folder = find(run)
-    if folder is None:
+    if (folder := folder or find(run)) is None:
         raise UserError(f"no record of {run.key}: train it with ensure([run]), or python -m silalib train")
-    return load_folder(run, folder)
-
-
-def load_folder(run, folder):
     path = folder / "result.json"
     try:
         result = read_sealed(path, AGAIN, required=False)
-        if "run.json" in result["files"]:  # records from before there were checksums of these two do not have it
-            read_sealed(path, AGAIN)
+        read_sealed(path, AGAIN, required="run.json" in result["files"])  # not in records from before it had a checksum
         result["heads"], result["provenance"]
         record = Record(run, folder, result)
         for name in result["files"]:
@@ -133,23 +121,24 @@ def load_folder(run, folder):
         path = folder / "run.json"
         identity = json.loads(read_bytes(path, AGAIN))
         config, protocol = identity["config"], identity["protocol"]
+        changed = [k for k, v in run.config.items() if config.get(k, v) != v]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CorruptFile(path, AGAIN) from None
-    if protocol != PROTOCOL:
-        raise UserError(f"{folder} was trained under protocol {protocol}, this is {PROTOCOL}: move it away")
-    changed = [k for k, v in run.config.items() if k in config and config[k] != v]
-    if changed:
-        raise UserError(f"{folder} was trained with another {', '.join(changed)}: a default changed; move it away")
     known = known_checksum(run.dataset)
-    if known and known != result["provenance"].get("data_sha256"):
-        raise UserError(f"{folder} was trained on other data than {run.dataset} is here: move it away")
+    for wrong, how in [
+        (protocol != PROTOCOL, f"under protocol {protocol}, this is {PROTOCOL}"),
+        (changed, f"with another {', '.join(changed)} (a default changed)"),
+        (known and known != result["provenance"].get("data_sha256"), f"on other data than {run.dataset} is here"),
+    ]:
+        if wrong:
+            raise UserError(f"{folder} was trained {how}: move it away")
     return record
 
 
 def damage(run):
     """What is wrong with a run's record, weights included where they are kept: an error, or None. Reads all of it."""
     try:
-        if find(run) is not None and (record := load(run)).has("weights.safetensors"):
+        if find(run) and (record := load(run)).has("weights.safetensors"):
             record.read("weights.safetensors")
     except UserError as error:
         return error
@@ -163,47 +152,41 @@ def folders(run):
 
 def state(run):
     """Where a run stands: "done", "damaged", "running", "failed", "started" (a checkpoint is there) or "pending"."""
-    if find(run) is not None:
+    if find(run):
         return "damaged" if damage(run) else "done"
-    if any(_is_locked(folder) for folder in folders(run)):
+    try:
+        for folder in folders(run):
+            with lock(folder):
+                pass
+    except Stopped:
         return "running"
-    for names, label in [(("failed.json",), "failed"), (CHECKPOINTS, "started")]:
-        if any((folder / name).exists() for folder in folders(run) for name in names):
-            return label
-    return "pending"
+    except UserError:
+        pass  # a results folder that cannot be written has no process training in it
+    if failure(run):
+        return "failed"
+    return "started" if any((folder / name).exists() for folder in folders(run) for name in CHECKPOINTS) else "pending"
 
 
 def failure(run):
     """Why a run has failed: what `write_failure` wrote, or None."""
-    for path in [folder / "failed.json" for folder in folders(run) if (folder / "failed.json").exists()]:
-        try:
-            found = json.loads(path.read_bytes())
-            return found | {"error": str(found["error"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {"error": f"{path} is damaged, so the reason is not known"}
-    return None
+    path = next((path for folder in folders(run) if (path := folder / "failed.json").exists()), None)
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        return found | {"error": str(found["error"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"error": f"{path} is damaged, so the reason is not known"}
 
 
 def write_failure(folder, error, **details):
     write_atomically(folder / "failed.json", to_json({"error": str(error), **details}))
 
 
-def _is_locked(folder):
-    try:
-        with lock(folder):
-            return False
-    except Stopped:
-        return True
-    except UserError:  # a results folder that cannot be written has no process training in it
-        return False
-
-
 @contextmanager
 def lock(folder, wait=lambda: False, message=lambda text: None):
-    """Hold a run's folder for this process; the operating system releases a dead process's lock.
-
-    While another process has it, wait() is asked every half second whether to go on waiting. Raises Stopped if not.
-    """
+    """Hold a run's folder. While another process does, wait() is asked twice a second whether to go on; if not, raises
+    Stopped. The operating system releases a dead process's lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held, seconds = FileLock(folder / ".lock"), 0
@@ -217,8 +200,8 @@ def lock(folder, wait=lambda: False, message=lambda text: None):
                     raise Stopped("stopped while waiting for another process") from None
                 seconds = 0.5
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {folder} ({reason}): set SILALIB_RESULTS to a folder of yours") from None
+        how = f"({error.strerror or error}): set SILALIB_RESULTS to a folder of yours"
+        raise UserError(f"cannot write to {folder} {how}") from None
     try:
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
@@ -231,8 +214,7 @@ def load_network(run, head=0):
     """The trained network `head` of a finished run, in evaluation mode, on the CPU.
 
     It takes uint8 images (B, C, H, W), or floats from 0 to 1, and gives logits (B, N), or a tuple with those of every
-    exit; its second module is the bare network, its first the normalisation. Raises UserError where the weights were
-    not kept.
+    exit; it is a Sequential of the normalisation and the bare network. Raises UserError where no weights were kept.
     """
     record = load(run)
     if not 0 <= head < len(run.nets):

@@ -15,22 +15,17 @@ from .models import EXITS, MODELS, SMALLEST_IMAGE, STEMS
 PROTOCOL = 1
 """Training protocol version; bump it when results change: records of another protocol are refused."""
 
-MAX_WIDTH = 100
-"""Upper bound that catches typing errors."""
-
 PAPER_MILESTONES = (30, 55, 80, 105, 135, 160, 180, 200, 220, 240)
 
-
-numbers = lambda values: tuple(map(float, values))
 CASTS = {
     int: (index, "a whole number"),
     int | None: (index, "a whole number"),
     float: (float, "a number"),
     str: (str, "a word"),
-    bool: (lambda value: value if isinstance(value, bool) else index("refused"), "True or False"),
+    bool: (lambda value: {"True": True, "False": False}[repr(value)], "True or False"),
     "nets": (lambda names: (names,) if isinstance(names, str) else tuple(map(str, names)), "a list"),
-    "milestones": (numbers, "a list"),
-    "betas": (numbers, "a list"),
+    tuple: (lambda values: tuple(map(float, values)), "a list"),
+    tuple | None: (lambda values: tuple(map(float, values)), "a list"),
 }
 """Name or type of a field -> what makes equal settings equal values, or raises, and what the field takes in words."""
 
@@ -38,9 +33,7 @@ CASTS = {
 @dataclass(frozen=True)
 class Run:
     """One training: C networks (or one network with C exits) on one data set with one method and seed.
-
-    The defaults are the paper's protocol for Tables 1 and 2, completed by our decisions where it is silent.
-    """
+    The defaults are the paper's protocol for Tables 1 and 2, completed by our decisions where it is silent."""
 
     dataset: str = "cifar100"
     nets: tuple = ("resnet18", "resnet18")
@@ -75,59 +68,47 @@ class Run:
             if value is not None or field.default is not None:
                 try:
                     object.__setattr__(self, field.name, cast(value))
-                except (TypeError, ValueError):
+                except (KeyError, TypeError, ValueError):
                     raise UserError(f"{field.name} must be {kind}, not {value!r}") from None
         object.__setattr__(self, "method", self.method.lower())
         self._validate()
 
     def _validate(self):
-        for name, value, known in [
-            ("method", self.method, METHODS),
-            ("augmentation", self.augment, AUGMENTATIONS),
-            ("init", self.init, ("he", "pytorch")),
-            *[("network", net, MODELS) for net in self.nets],
-        ]:
+        named = [("method", self.method, METHODS), ("augmentation", self.augment, AUGMENTATIONS)]
+        named += [("init", self.init, ("he", "pytorch")), *(("network", net, MODELS) for net in self.nets)]
+        for name, value, known in named:
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
         if not self.nets:
             raise UserError("a run needs at least one network")
-        net, label, kind = self.nets[0], LABELS[self.method], "networks"
-        if set(self.nets) & set(EXITS):
-            kind = "exits"
-            if len(self.nets) > 1:
-                raise UserError(f"{'+'.join(self.nets)}: the exits of an MSDNet are its heads, so it is trained alone")
-            if self.blocks is not None and not 1 <= self.blocks <= EXITS[net]:
-                raise UserError(f"blocks must be from 1 to {EXITS[net]} for {net}, not {self.blocks}")
-            if self.noise_images or self.hessian_images:
-                one_head = "noise_images and hessian_images are for networks with one head"
-                raise UserError(f"{one_head}; {net} has {self.n_heads}")
-        elif self.blocks is not None:
-            raise UserError(f"blocks belongs to MSDNet; {net} has none")
-        if "dml" in self.method and self.n_heads < 2:
-            raise UserError(f"{label} needs at least two networks or exits")
-        if self.betas is not None and len(self.betas) != self.n_heads:
-            raise UserError(f"{len(self.betas)} betas for {self.n_heads} {kind}: give one each")
-        if not all(math.isfinite(b) and b >= 0 for b in self.betas or ()):
-            raise UserError(f"betas {self.betas}: give finite weights that are not negative")
-        if self.coupling != 1 and "sila" not in self.method:
-            raise UserError(f"coupling belongs to SiLa; {label} has none")
         numbers = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), (int, float))}
-        numbers |= {f"milestone {i}": m for i, m in enumerate(self.milestones, 1)}
+        for name, values in (("milestone", self.milestones), ("beta", self.betas or ())):
+            numbers |= {f"{name} {i}": value for i, value in enumerate(values, 1)}
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, not {value}")
-            if name in ("width", "epochs", "batch_size", "lr", "gamma") and value <= 0:
+            if name in ("width", "epochs", "batch_size", "lr", "gamma", "noise_sigmas", "noise_draws") and value <= 0:
                 raise UserError(f"{name} must be above 0, not {value}")
             if value < 0:
                 raise UserError(f"{name} must not be negative, but is {value}")
-        if self.width > MAX_WIDTH:
-            raise UserError(f"width must be at most {MAX_WIDTH}, not {self.width}")
-        if self.momentum >= 1:
-            raise UserError(f"momentum must be below 1, not {self.momentum}")
-        if self.noise_images and not (self.noise_sigmas > 0 and self.noise_draws > 0):
-            raise UserError("noise_sigmas and noise_draws must be above 0 where noise_images is")
-        if self.train_size is not None and self.train_size < self.batch_size:
-            raise UserError(f"train_size {self.train_size} is below the batch size {self.batch_size}")
+        net, label, heads, exits = self.nets[0], LABELS[self.method], self.n_heads, EXITS.get(self.nets[0], 0)
+        blocks, betas, train_size, batch = self.blocks, self.betas, self.train_size, self.batch_size
+        measured, kind = self.noise_images or self.hessian_images, "exits" if exits else "networks"
+        mixed = len(self.nets) > 1 and not set(EXITS).isdisjoint(self.nets)
+        for bad, message in [
+            (mixed, f"{'+'.join(self.nets)}: the exits of an MSDNet are its heads, so it is trained alone"),
+            (blocks is not None and not exits, f"blocks belongs to MSDNet; {net} has none"),
+            (blocks not in (None, *range(1, exits + 1)), f"blocks must be from 1 to {exits} for {net}, not {blocks}"),
+            (exits and measured, f"noise_images and hessian_images are for networks with one head; {net} has {heads}"),
+            ("dml" in self.method and heads < 2, f"{label} needs at least two networks or exits"),
+            (betas is not None and len(betas) != heads, f"{len(betas or ())} betas for {heads} {kind}: give one each"),
+            ("sila" not in self.method and self.coupling != 1, f"coupling belongs to SiLa; {label} has none"),
+            (self.width > 100, f"width must be at most 100, not {self.width}"),  # catches typing errors
+            (self.momentum >= 1, f"momentum must be below 1, not {self.momentum}"),
+            (train_size is not None and train_size < batch, f"train_size {train_size} is below the batch size {batch}"),
+        ]:
+            if bad:
+                raise UserError(message)
         height, width = dataset(self.dataset).image[1:]
         for net in self.nets:
             least = SMALLEST_IMAGE.get(net, 1)
@@ -164,8 +145,7 @@ class Run:
     @property
     def key(self):
         """A readable prefix and a hash of the fields that are not at their default: a new field keeps old keys."""
-        defaults = {f.name: f.default for f in fields(self)}
-        changed = {k: v for k, v in asdict(self).items() if v != defaults[k]}
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
         digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.dataset}-{'+'.join(self.nets)}-{self.method}-s{self.seed}-{digest}"
 

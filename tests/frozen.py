@@ -76,7 +76,7 @@ def draw(records, profiles, root=ROOT):
         startup, dump = folder / "ipython" / "profile_default" / "startup", folder / "dump"
         startup.mkdir(parents=True)
         dump.mkdir()
-        (startup / "hook.py").write_text(HOOK)
+        (startup / "hook.py").write_text(f"exec({HOOK!r}, {{}})")  # a notebook may use the same names
         environment = os.environ | {
             "IPYTHONDIR": str(folder / "ipython"), "FROZEN_DUMP": str(dump), "SILALIB_DATA": str(folder / "data"),
             "SILALIB_RESULTS": str(folder / "results"), "PYTHONPATH": str(root),

@@ -12,6 +12,7 @@ import sys
 import termios
 from contextlib import redirect_stderr, suppress
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert "stopped with 2 of 2 runs left; start again to go on" in capsys.readouterr().err
     assert main(["status", "tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "profile quick; claims: 8 not run"
+    assert lines[0] == "profile quick; claims: 1 reproduced, 7 not judged (stand-in data)"
     # a process that has trained before is quick enough to start a run
     assert lines[2].split() in (["tiny", *"---2--"], ["tiny", *"--11--"])
     assert main(arguments) == 0
@@ -156,7 +157,7 @@ def test_progress_fits_a_terminal():
         progress.message(run, step=50, total=100, top1=(79.4, 84.6))
         progress.bar.refresh()
         progress.finish(run, "top-1 79.4 84.6 in 2 min 04 s")
-        progress.close()
+        progress.bar.close()
     written = b""
     with suppress(OSError):  # which says that all is read, as the other end is closed
         while piece := os.read(ours, 1 << 20):
@@ -184,9 +185,8 @@ def test_time_left_is_weighted_by_cost_and_counts_what_was_trained_since_the_sta
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["status"], ["report"], ["data"]], ids=lambda c: " ".join(c) or "-")
-def test_help_fits_a_terminal(command, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
+def test_help_fits_a_terminal(command, capsys):
+    with pytest.raises(SystemExit), mock.patch.dict(os.environ, COLUMNS="80"):
         main([*command, "--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
@@ -202,18 +202,15 @@ def test_data_command(capsys):
     assert "1297 training and 500 test images" in capsys.readouterr().out
 
 
-def test_results_folder_is_moved_by_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("SILALIB_RESULTS", str(tmp_path))
-    assert results_folder("quick") == tmp_path / "quick"
+def test_results_folder_is_moved_by_the_environment(results):
+    assert results_folder("quick") == results / "quick"
 
 
-def test_a_results_folder_that_cannot_be_written(one_exhibit, monkeypatch, tmp_path, capsys):
-    blocked = tmp_path / "a-file"
-    blocked.write_text("not a folder")
-    monkeypatch.setenv("SILALIB_RESULTS", str(blocked))
+def test_a_results_folder_that_cannot_be_written(one_exhibit, results, capsys):
+    results.write_text("not a folder")
     assert main(["train", "tiny", "--workers", "1"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "Traceback" not in error and str(blocked) in error
+    assert "Traceback" not in error and str(results) in error
 
 
 def test_a_record_says_where_it_comes_from(one_exhibit, results):

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
+from unittest import mock
 
 import pytest
 from conftest import train as trained
@@ -15,7 +17,7 @@ from silalib.errors import Stopped, UserError
 from silalib.files import ROOT
 from silalib.launch.ensure import ensure, train_all
 from silalib.launch.progress import Progress
-from silalib.launch.ray_cluster import Ray
+from silalib.launch.ray_cluster import in_cluster
 from silalib.launch.workers import Job, Schedule
 from silalib.records import failure, load, state, write_failure
 from silalib.training import checkpoint, trainer
@@ -32,10 +34,7 @@ def two_machines():
     import ray
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0"):
         machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         machines.add_node(num_cpus=1)
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -47,7 +46,7 @@ def two_machines():
 
 def on_ray(runs, train_by=None, shared=True):
     """As `ensure` does it; train_by trains on the workers."""
-    train_all(runs, "quick", "cpu", None, None, False, False, Ray(shared=shared), train_by=train_by)
+    train_all(runs, "quick", "cpu", ray=partial(in_cluster, shared=shared), train_by=train_by)
 
 
 def watched(folder, key, last):
@@ -155,7 +154,7 @@ def test_a_stopped_run_brings_its_checkpoint_without_a_shared_folder(
 def test_a_budget_brings_checkpoints_too(two_machines, tiny, results):
     run = tiny(epochs=10**6)
     with pytest.raises(Stopped, match="1 of 1 runs left"):
-        train_all([run], "quick", "cpu", None, 30, False, False, Ray(shared=False))
+        train_all([run], "quick", "cpu", budget=30, ray=partial(in_cluster, shared=False))
     assert state(run) == "started"
 
 
@@ -193,9 +192,9 @@ def test_an_internal_error_on_a_worker_is_told_with_its_traceback(two_machines, 
 @needs_ray
 def test_a_block_begun_on_another_kind_of_device_is_refused_on_the_worker(two_machines, tiny, results, capsys):
     run = tiny()
-    job = Job(results / "quick" / "runs", "cpu", begun={run.key: ("cuda", True)})
+    job = Job(results / "quick" / "runs", "cpu", begun={run: ("cuda", True)})
     schedule = Schedule([run], job, threading.Event(), Progress({run: 1.0}))
-    Ray()(schedule, 1)
+    in_cluster(schedule, 1)
     assert f"{run}: what they are compared with was trained on cuda; use --device cuda" in str(schedule.outcomes[run])
 
 
@@ -221,9 +220,9 @@ def test_no_cluster_at_the_address(results):
     assert "silalib: error: no Ray cluster at 127.0.0.1:9" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_without_the_extra_one_line_says_how_to_install_it(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    assert main(["train", "fig6", "--backend", "ray"]) == 1
+def test_without_the_extra_one_line_says_how_to_install_it(tiny, capsys):
+    with mock.patch.dict(sys.modules, ray=None):
+        assert main(["train", "fig6", "--backend", "ray"]) == 1
     error = capsys.readouterr().err
     assert error == "silalib: error: Ray is not installed: pip install -c constraints.txt -e '.[cluster]'\n"
 

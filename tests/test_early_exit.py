@@ -11,13 +11,13 @@ from silalib import early_exit, experiments
 from silalib.analysis import tables
 from silalib.early_exit import (
     EarlyExit,
-    TruncatedMSDNet,
     distribution_for,
     evaluate,
     exit_costs,
     exit_distribution,
     exit_index,
     thresholds,
+    truncated_msdnet,
 )
 from silalib.errors import UserError
 from silalib.models import EXITS, MODELS, count_macs
@@ -281,7 +281,7 @@ def test_anytime_prediction_ends_at_its_exit(network):
     images = torch.randn(4, 1, 32, 32)
     for exit in range(5):
         counts, hooks = count_samples([*network.blocks, *network.classifiers])
-        logits = TruncatedMSDNet(network, exit)(images)
+        logits = truncated_msdnet(network, exit)(images)
         for hook in hooks:
             hook.remove()
         assert counts == [4 * (k <= exit) for k in range(5)] + [4 * (k == exit) for k in range(5)]
@@ -296,7 +296,7 @@ def test_what_cannot_exit_early_is_refused(network):
             EarlyExit(model, [0.5])
     for exit in (-1, 5, 9):
         with pytest.raises(UserError, match=f"exit {exit}: this network has exits 0 to 4"):
-            TruncatedMSDNet(network, exit)
+            truncated_msdnet(network, exit)
 
 
 def test_milliseconds_runs_every_image_in_its_repeats():

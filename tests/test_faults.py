@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -27,7 +28,7 @@ from silalib.errors import CorruptFile, MissingData, NoRoom, Stopped, UserError
 from silalib.files import ROOT, quarantine
 from silalib.launch.ensure import ensure, train_all
 from silalib.losses import siamese_labels
-from silalib.records import damage, failure, find, folders, load_folder, state, write_record
+from silalib.records import damage, failure, find, folders, load, state, write_record
 from silalib.report import pages
 from silalib.run import Run
 from silalib.training import checkpoint, trainer
@@ -111,7 +112,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_been(
                 counts["kills survived"] += 1
             if (folder / "result.json").exists():
                 break
-        assert comparable(load_folder(tiny(**CHANGES), folder)) == whole, SEED
+        assert comparable(load(tiny(**CHANGES), folder)) == whole, SEED
         with records.lock(folder):  # which removes what a killed process was writing
             assert not list(folder.glob(".*.tmp"))
 
@@ -230,7 +231,7 @@ def refused(error, kind=CorruptFile):
 
 
 @pytest.fixture
-def corruptible(record, data_folder, no_network, tmp_path, monkeypatch, capsys):
+def corruptible(record, data_folder, no_network, tmp_path, capsys):
     """Name of a file -> (its path, what finds the damage), for every kind of file that is loaded."""
 
     def of_record():
@@ -252,27 +253,29 @@ def corruptible(record, data_folder, no_network, tmp_path, monkeypatch, capsys):
     kinds["checkpoint.pt"] = (started, of_checkpoint)
 
     write_mnist(data_folder)
-    write_cifar(data_folder, monkeypatch)
-    for name in ("mnist", "cifar100"):
-        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], sha256=None))
-        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], sha256=data.load(name).checksum))
-        folder = data_folder / DATASETS[name].folder
+    names = ("mnist", "cifar100")
+    unknown = {name: replace(DATASETS[name], sha256=None) for name in names}
+    with made_up_cifar(data_folder), mock.patch.dict(DATASETS, unknown):
+        DATASETS.update({name: replace(DATASETS[name], sha256=data.load(name).checksum) for name in names})
+        for name in names:
+            folder = data_folder / DATASETS[name].folder
 
-        def of_published(name=name, folder=folder):
-            data.load.cache_clear()
-            with pytest.raises(MissingData, match=r"is damaged \(it is now .*\.corrupt\): put") as caught:
-                data.load(name)
-            aside = folder.with_name(f"{folder.name}.corrupt")
-            aside.replace(folder)
-            return refused(caught.value, MissingData)
+            def of_published(name=name, folder=folder):
+                data.load.cache_clear()
+                with pytest.raises(MissingData, match=r"is damaged \(it is now .*\.corrupt\): put") as caught:
+                    data.load(name)
+                aside = folder.with_name(f"{folder.name}.corrupt")
+                aside.replace(folder)
+                return refused(caught.value, MissingData)
 
-        for path in folder.iterdir():
-            kinds[path.name] = (path, of_published)
-    return kinds
+            for path in folder.iterdir():
+                kinds[path.name] = (path, of_published)
+        yield kinds
 
 
-def write_cifar(data_folder, monkeypatch):
-    """Made-up files in CIFAR-100's format, with their MD5s in place of the published ones."""
+@contextmanager
+def made_up_cifar(data_folder):
+    """Files in CIFAR-100's format, and meanwhile their MD5s in place of the published ones."""
     from hashlib import md5
 
     from silalib.data._torchvision import torchvision
@@ -288,9 +291,9 @@ def write_cifar(data_folder, monkeypatch):
     for name, content in contents.items():
         (folder / name).write_bytes(pickle.dumps(content))
         sums[name] = md5((folder / name).read_bytes()).hexdigest()
-    monkeypatch.setattr(made, "train_list", [["train", sums["train"]]])
-    monkeypatch.setattr(made, "test_list", [["test", sums["test"]]])
-    monkeypatch.setattr(made, "meta", made.meta | {"md5": sums["meta"]})
+    lists = {f"{name}_list": [[name, sums[name]]] for name in ("train", "test")}
+    with mock.patch.multiple(made, **lists, meta=made.meta | {"md5": sums["meta"]}):
+        yield
 
 
 @pytest.mark.parametrize("each", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -467,7 +470,7 @@ def test_a_run_that_diverged_is_shown_with_epoch_step_and_rate(tiny, exhibit, ca
 
 def train_by(function, runs):
     """As `ensure` trains them, in this process, with another training."""
-    train_all(runs, "quick", "cpu", 1, None, False, False, train_by=function)
+    train_all(runs, "quick", "cpu", 1, train_by=function)
 
 
 def test_any_error_of_a_run_ends_that_run_alone(exhibit, capsys):
@@ -496,10 +499,15 @@ def test_out_of_gpu_memory_names_the_batch_size(exhibit, capsys):
         train_by(fail, exhibit())
 
 
-def test_without_training_a_damaged_record_is_told_by_the_exit_status(exhibit, monkeypatch, capsys):
+@pytest.fixture
+def no_pages():
+    with mock.patch.object(pages, "build", return_value=0):
+        yield
+
+
+def test_without_training_a_damaged_record_is_told_by_the_exit_status(exhibit, no_pages, capsys):
     (run, _) = exhibit()
     assert main(["train", "tiny", "--workers", "1"]) == 0
-    monkeypatch.setattr(pages, "build", lambda *_, **__: 0)
     assert main(["report", "tiny", "--no-train"]) == 0
     (find(run) / "test.npz").write_bytes(b"")
     capsys.readouterr()
@@ -613,11 +621,11 @@ def test_bad_values_are_one_line(case, tiny, counts, capsys):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
-def test_a_read_only_results_folder_is_one_line(exhibit, monkeypatch, counts, capsys):
+def test_a_read_only_results_folder_is_one_line(exhibit, counts, capsys):
     exhibit()
-    monkeypatch.setenv("SILALIB_RESULTS", "/proc/self")
     for arguments in (["train", "tiny", "--workers", "1"], ["report", "--no-train"]):
-        assert main(arguments) == 1
+        with mock.patch.dict(os.environ, SILALIB_RESULTS="/proc/self"):
+            assert main(arguments) == 1
         error = capsys.readouterr().err
         assert "cannot write to /proc/self" in error and "Traceback" not in error
         assert "set SILALIB_RESULTS to a folder of yours" in error.splitlines()[-1]

@@ -30,7 +30,7 @@ def test_an_unknown_part_is_wrong_usage(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_rehearsal_ends_with_records_that_load(tmp_path, monkeypatch):
+def test_the_rehearsal_ends_with_records_that_load(tmp_path, results):
     """Started through a link and from elsewhere; nothing is written into the checkout."""
     before = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True).stdout
     out = tmp_path / "out"
@@ -42,10 +42,9 @@ def test_the_rehearsal_ends_with_records_that_load(tmp_path, monkeypatch):
     with tarfile.open(out / "records0.tar") as tar:
         assert all(member.uname == member.gname == "" and member.mtime == 0 for member in tar)
         assert not any("weights" in name or "checkpoint" in name for name in tar.getnames())
-        tar.extractall(tmp_path / "received", filter="data")
+        tar.extractall(results, filter="data")
     assert (out / "records0.tar").stat().st_size < 15 * 2**20
-    monkeypatch.setenv("SILALIB_RESULTS", str(tmp_path / "received"))
-    folders = list((tmp_path / "received").glob("*/runs/*/run.json"))
+    folders = list(results.glob("*/runs/*/run.json"))
     assert len(folders) == 4  # two variants, and Figure 3's two runs; the repeats are no records of a profile
     for path in folders:
         assert load(Run(**json.loads(path.read_bytes())["config"])).heads

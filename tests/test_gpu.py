@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from queue import SimpleQueue
 from threading import Event
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from silalib import early_exit, models
 from silalib.__main__ import main
 from silalib.errors import GraphFailed, NoDevice, ProcessSpoilt, Stopped, UserError
 from silalib.files import ROOT, results_folder
-from silalib.launch import ensure, processes, workers
+from silalib.launch import ensure, processes, torchrun, workers
 from silalib.launch.progress import Progress
 from silalib.losses import METHODS
 from silalib.records import load, state
@@ -66,14 +67,11 @@ def test_the_reason_is_what_made_the_capture_invalid(first):
             captured(torch.ones(1))
 
 
-def test_an_allocator_that_refuses_does_not_hide_why_a_graph_failed(monkeypatch):
+def test_an_allocator_that_refuses_does_not_hide_why_a_graph_failed():
     """As after a failed capture."""
-
-    def refuses():
-        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", refuses)
-    trainer.give_memory_back()
+    refuses = RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+    with mock.patch.object(torch.cuda, "empty_cache", side_effect=refuses):
+        trainer.give_memory_back()
 
 
 def test_out_of_memory_in_a_capture_is_told_as_such():
@@ -199,7 +197,7 @@ def test_a_failed_graph_in_a_worker_ends_its_process(two_runs, capsys):
 def test_no_graphs_is_an_option(option, two_runs):
     asked = []
     with pytest.raises(UserError):
-        ensure.train_all(two_runs, "quick", "cpu", 1, None, False, False, graphs=option,
+        ensure.train_all(two_runs, "quick", "cpu", 1, graphs=option,
                          train_by=lambda *_, graphs, **__: asked.append(graphs) or {}["no result"])  # fmt: skip
     assert asked == [option] * 2
 
@@ -231,36 +229,28 @@ def test_a_training_is_gone_when_it_has_ended(tiny, tmp_path):
 
 
 @pytest.fixture
-def gpus(monkeypatch):
-    """gpus(n): this machine has n GPUs, or so it seems."""
-
-    def seem(n):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
-
-    return seem
+def gpus():
+    """gpus(n): meanwhile this machine has n GPUs, or so it seems."""
+    return lambda n: mock.patch.multiple(torch.cuda, is_available=lambda: n > 0, device_count=lambda: n)
 
 
 def test_workers_take_the_gpus_in_turn(gpus):
-    gpus(3)
-    assert [workers.own_gpu("auto", place) for place in range(4)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
-    assert workers.own_gpu("cuda:1", 2) == "cuda:1" and workers.own_gpu("cpu", 1) == "cpu"
+    own = lambda name, place: str(torchrun.own_gpu(name, place))
+    with gpus(3):
+        assert [own("auto", place) for place in range(4)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+        assert own("cuda:1", 2) == "cuda:1" and own("cpu", 1) == "cpu"
 
 
 def test_by_default_each_gpu_has_one_worker(gpus, cores):
     """Of two GPUs; one that is named is one. On a CPU a core each, or all cores as threads of one worker."""
-    gpus(2)
     cores(2)
     share = lambda device, workers=None, runs=9: ensure.share(torch.device(device), workers, runs)
-    assert [share(device) for device in ("cuda", "cuda:1")] == [(2, 1), (1, 1)]
-    assert share("cuda", 5) == (5, 1) and share("cuda", None, 1) == (1, 1)
+    with gpus(2):
+        assert [share(device) for device in ("cuda", "cuda:1")] == [(2, 1), (1, 1)]
+        assert share("cuda", 5) == (5, 1) and share("cuda", None, 1) == (1, 1)
     both = processes.cpu_cores()
-    assert [share("cpu"), share("cpu", 1), share("cpu", 5), share("cpu", None, 1)] == [
-        (both, 1),
-        (1, both),
-        (5, 1),
-        (1, 1),
-    ]
+    of_the_cpu = share("cpu"), share("cpu", 1), share("cpu", 5), share("cpu", None, 1)
+    assert of_the_cpu == ((both, 1), (1, both), (5, 1), (1, 1))
 
 
 def test_a_gpu_that_is_not_there_is_one_line(two_runs, capsys):
@@ -270,17 +260,11 @@ def test_a_gpu_that_is_not_there_is_one_line(two_runs, capsys):
     assert capsys.readouterr().err == expected
 
 
-def test_a_gpu_that_cannot_be_used_stops_all_with_its_reason(two_runs, monkeypatch, capsys):
-    def zeros(*_, device):
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
-
-    monkeypatch.setattr(execution, "pick_device", lambda name: CPU)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.torch, "zeros", zeros)
-        with pytest.raises(
-            NoDevice, match=r"cannot be used \(The NVIDIA driver .*11040\)\.\): mend that, or use --device"
-        ):
-            trainer.check_usable(CUDA)
+def test_a_gpu_that_cannot_be_used_stops_all_with_its_reason(two_runs, capsys):
+    error = RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+    reason = r"cannot be used \(The NVIDIA driver .*11040\)\.\): mend that, or use --device"
+    with mock.patch.object(torch, "zeros", side_effect=error), pytest.raises(NoDevice, match=reason):
+        trainer.check_usable(CUDA)
 
     def unusable(*_, **__):
         raise NoDevice("device cuda cannot be used (too old): mend that, or use --device cpu")
@@ -510,14 +494,14 @@ def test_several_workers_share_a_gpu(tiny, results):
 
 @needs_gpu
 @pytest.mark.parametrize("net, method", CASES)
-def test_a_graph_follows_the_eager_steps(net, method, tiny, monkeypatch):
+def test_a_graph_follows_the_eager_steps(net, method, tiny):
     """With kernels that add in one order alone: the same to the last digits, dropout included."""
     fixed = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    monkeypatch.setattr(execution, "no_search", lambda search=False: torch.backends.cudnn.flags(**fixed))
     run = slow_learner(tiny, method=method, augment="crop+flip", **NETWORKS[net])
     for bf16 in (False, True):
-        eager, _ = steps(run, execution.fast(CUDA, bf16, graphs=False), CUDA)
-        graph, training = steps(run, execution.fast(CUDA, bf16), CUDA)
+        with mock.patch.object(execution, "no_search", lambda search=False: torch.backends.cudnn.flags(**fixed)):
+            eager, _ = steps(run, execution.fast(CUDA, bf16, graphs=False), CUDA)
+            graph, training = steps(run, execution.fast(CUDA, bf16), CUDA)
         assert training.captured_update.replay is not None
         torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-7)
 
@@ -539,10 +523,10 @@ def test_what_follows_and_what_does_not(tiny):
 
 @needs_gpu
 @pytest.mark.parametrize("net, method", CASES)
-def test_float32_on_a_gpu_follows_the_cpu(net, method, tiny, monkeypatch):
+def test_float32_on_a_gpu_follows_the_cpu(net, method, tiny):
     """TF32 off. Dropout draws other masks there, so it is left out."""
-    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
     run = slow_learner(tiny, method=method, **NETWORKS[net])
-    cpu, nudged = (steps(run, PLAIN, CPU, 6, n)[0] for n in (0.0, 1e-6))
-    gpu, _ = steps(run, execution.fast(CUDA, bf16=False, graphs=False), CUDA, 6)
+    with mock.patch.object(torch.nn.Dropout, "forward", lambda self, x: x):
+        cpu, nudged = (steps(run, PLAIN, CPU, 6, n)[0] for n in (0.0, 1e-6))
+        gpu, _ = steps(run, execution.fast(CUDA, bf16=False, graphs=False), CUDA, 6)
     assert follows(gpu, cpu, nudged)

@@ -22,9 +22,13 @@ from silalib.training.metrics import (
     expected_calibration_error,
     in_top_k,
     reliability,
-    summary,
+    summaries,
     wrong_logsumexp,
 )
+
+
+def summary(logits, target):
+    return summaries([logits], target)[0]
 
 
 def sample(classes, n=200):

@@ -34,6 +34,41 @@ def test_notebooks_are_committed_clean(path):
     assert notebook.cells[0].source.startswith("# ")
 
 
+def code_of(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_verdict_comes_first_and_a_notebook_decides_nothing(path):
+    """A verdict is that of `claims`, in the cell after the runs and before any table or figure."""
+    code = code_of(path)
+    judged = [i for i, source in enumerate(code) if "claims.judge" in source and "printed" not in source]
+    drawn = [i for i, source in enumerate(code) if re.search(r"plots\.(show|table_page)", source)]
+    unjudged = ("11_coupling", "13_regime_choices")
+    assert judged[0] < drawn[0] if path.stem not in unjudged else not judged
+    pattern = r"told apart|\bdecide\(|not settled|\bworse\b|\b(?:reproduced|contradicted|negligible)\b"
+    assert not re.search(pattern, "\n".join(code))
+
+
+def test_the_notebooks_are_short():
+    """Lines of code that are not blank: of the paper's pages, and of all."""
+    lines = {path: sum(bool(line.strip()) for line in "\n".join(code_of(path)).splitlines()) for path in NOTEBOOKS}
+    assert sum(n for path, n in lines.items() if path.stem < "10") <= 950
+    assert sum(lines.values()) <= 1350
+
+
+def test_schematics_need_nothing_from_elsewhere():
+    found = sorted((ROOT / "docs" / "images").glob("*.svg"))
+    assert [path.name for path in found] == ["fig1_two_networks.svg", "fig2_early_exits.svg"]
+    shown = "\n".join(code_of(NOTEBOOKS[0]))
+    for path in found:
+        text = path.read_text()
+        assert path.stem in shown and "<text" not in text and len(text) < 50_000
+        links = re.findall(r'href="([^"]+)"', text)
+        assert links and all(link.startswith(("#", "data:image/png;base64")) for link in links)
+
+
 def test_every_exhibit_has_its_notebook():
     assert {exhibit.notebook for exhibit in EXHIBITS.values()} - {None} <= {path.stem for path in NOTEBOOKS}
 

@@ -12,7 +12,6 @@ import pytest
 from test_claims import GAINS, made_up
 
 from silalib.analysis import claims
-from silalib.analysis.statistics import Effect
 from silalib.errors import UserError
 from silalib.experiments import EXHIBITS
 from silalib.files import ROOT
@@ -58,28 +57,25 @@ def test_readme_is_what_the_records_say(committed, tmp_path):
     assert before.shape == now.shape and abs(before - now).mean() < 5, again
 
 
-def test_no_profile_fills_anothers_cell():
-    """Table 1's records at one profile, Figure 6's at another."""
+def test_profiles_are_never_mixed():
+    """Table 1's records of one seed at one profile, Figure 6's of three at another."""
     grids = {name: EXHIBITS[name].grid("paper") for name in ("table1", "table2", "table3", "fig6")}
-    found = {"paper": made_up(6, GAINS["reproduced"]), "small": made_up(1, GAINS["reproduced"][:1])}
-    found = {profile: claims.evidence(grids, evidence.records) for profile, evidence in found.items()}
+    found = {"paper": made_up("6", GAINS["reproduced"]), "small": made_up("1", GAINS["reproduced"][:1])}
+    found = {profile: claims.evidence(grids, evidence.records, profile) for profile, evidence in found.items()}
     for evidence in found.values():
         for run, record in evidence.records.items():
             record.result = {"provenance": provenance(run)}
             record.features = features(len(run.nets))
             record.heads = [{"top1": 50.0, "test_concentration": 7} | head for head in record.heads]
     text, picture = readme.render(found)
-    rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
-    table = {tuple(row[:2]): row[3:] for row in rows if len(row) == 5}
-    # 40 cells: five pairs of two networks, four metrics
-    assert table["Table 1", "top-1, SiLa over IND (points)"] == ["not run", "+2.00, 40 of 40, 1 seed"]
-    assert table["Table 1", "top-1, SiLa+DML over IND (points)"] == ["not run", "+4.00, 40 of 40, 1 seed"]
-    ratio = table["Figure 6", "scatter ratio of the features, IND above SiLa"]
-    assert ratio == ["+2.5000 ± 1.2421, 2 of 2, 3 seeds", "not run"]
-    others = [cells for (exhibit, _), cells in table.items() if exhibit[:6] in ("Table ", "Figure")]
-    assert len(others) == 16 and others.count(["not run", "not run"]) == 12
-    verdicts = {row[0][0]: row[1:] for row in rows if row[0][1:2] == "."}
-    assert verdicts["6"] == ["reproduced", "not run"] and verdicts["1"] == ["not run", "inconclusive"]
+    paper, small = text.split("- Profile ")[1:]
+    rows = lambda part: [re.split(r" *\| *", line)[1:-1] for line in part.splitlines() if line.startswith("|")]
+    (scatter,) = [row for row in rows(paper) if row[1].startswith("scatter ratio")]
+    assert scatter[2:] == ["-", "+0.250 ± 0.025 log ratio, 3 seeds", "reproduced"]
+    top1, nll = [row for row in rows(small) if row[0].startswith("1. ")]
+    assert top1[1:4] == ["top-1, SiLa over IND (Table 1, 10 networks)", "+1.58", "+2.40 points, 1 seed"]
+    assert top1[4] == nll[4] == "so far, 1 of 3 seeds"
+    assert not [row for row in rows(paper) if row[0].startswith("1. ")]
     # 6 runs of 10 s; 18 trainings of 10 s, one by two devices
     assert "Figure 6: features on MNIST | paper | 20 of 20 epochs, all images | 6 of 6 | 0, 1, 2 | 1 min 00 s" in text
     assert "Table 1: CIFAR-100 | small | 260 of 260 epochs, all images | 18 of 54 | 0 | 3 min 00 s" in text
@@ -91,15 +87,15 @@ def test_no_profile_fills_anothers_cell():
 
 def test_what_the_paper_prints_for_the_networks_that_are_trained():
     """ResNet18+ResNet18: alone 76.45; with SiLa 77.85; with SiLa+DML 78.13 and 78.03."""
-    grids = {name: EXHIBITS[name].grid("small") for name in readme.TABLES}
+    grids = {name: EXHIBITS[name].grid("small") for name in claims.TABLES}
     records = {run: SimpleNamespace(run=run, heads=[{"top1": 50.0}] * len(run.nets)) for run in grids["table1"]}
-    alone, same = readme.beside_the_paper(claims.Evidence(grids, records))
+    alone, same = readme.beside_the_paper(claims.Evidence(grids=grids, records=records))
     assert alone == "Trained alone, ResNet18 reaches 50.00 ± 0.00% top-1 on CIFAR-100, in the paper 76.45%."
     assert same.startswith("Of Table 1 it has ResNet18+ResNet18 alone, where the paper prints +1.40 (SiLa), ")
     assert same.endswith(", +1.63 (SiLa+DML).")
-    every = {name: EXHIBITS[name].grid("paper") for name in readme.TABLES}
+    every = {name: EXHIBITS[name].grid("paper") for name in claims.TABLES}
     records = {run: SimpleNamespace(run=run, heads=[{"top1": 50.0}] * len(run.nets)) for run in every["table1"]}
-    (alone,) = readme.beside_the_paper(claims.Evidence(every, records))
+    (alone,) = readme.beside_the_paper(claims.Evidence(grids=every, records=records))
     assert alone.startswith("Trained alone, MobileNet reaches 50.00 ± 0.00%")
 
 
@@ -139,14 +135,3 @@ def test_only_what_is_between_the_marks_is_written(tmp_path):
     with pytest.raises(UserError, match="no place between <!-- measured --> and <!-- end -->"):
         readme.write("text", b"other", own, picture)
     assert picture.read_bytes() == b"picture"
-
-
-def test_effects_in_cells():
-    two = Effect("top-1", "points", 1.5, 0.25, seeds=3, wins=1, total=2, missing=4, runs=(SimpleNamespace(),))
-    assert readme.in_cell(two) == "+1.50 ± 0.25, 1 of 2 (4 more incomplete), 3 seeds"
-    assert readme.in_cell(Effect("top-1", "points", missing=4)) == ""
-    assert readme.in_cell(Effect("top-1", "points", 1.5, wins=3, total=3)) == "+1.50, 3 of 3"
-    assert [Effect(name, unit).named for name, unit in (("x", "nats"), ("a ratio", "ratio"))] == [
-        "x (nats)",
-        "a ratio",
-    ]

@@ -22,7 +22,7 @@ from silalib.errors import CorruptFile, MissingData, Stopped, UserError
 from silalib.files import write_atomically
 from silalib.launch import estimate, processes, workers
 from silalib.launch.ensure import ensure, train_all
-from silalib.records import find, load, load_folder, load_network, state, write_failure, write_record
+from silalib.records import find, load, load_network, state, write_failure, write_record
 from silalib.run import PROTOCOL, Run
 from silalib.training import checkpoint, trainer
 
@@ -299,7 +299,7 @@ def tamper(record, **changes):
 def test_a_changed_default_cannot_relabel_an_old_record(record):
     tamper(record, config=record.run.config | {"weight_decay": 1e-4, "gamma": 0.1})
     for read in (load, lambda run: ensure([run])):
-        with pytest.raises(UserError, match="another gamma, weight_decay: a default changed"):
+        with pytest.raises(UserError, match=r"another gamma, weight_decay \(a default changed\): move it away"):
             read(record.run)
     assert state(record.run) == "damaged"
 
@@ -493,7 +493,7 @@ def test_a_signal_stops_after_the_step(tiny, usual_interrupt):
 
     run = tiny()
     with pytest.raises(Stopped, match="1 of 1 runs left"):
-        train_all([run], "quick", "cpu", 1, None, False, False, train_by=interrupted)
+        train_all([run], "quick", "cpu", 1, train_by=interrupted)
     assert state(run) == "started"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -583,9 +583,9 @@ def test_cost_counts_every_image():
     assert estimate.cost(pair) == 2 * estimate.cost(one)
 
 
-def test_load_folder_reads_a_record_anywhere(trained):
+def test_load_reads_a_record_anywhere(trained):
     run, folder = trained
-    assert load_folder(run, folder).heads == json.loads((folder / "result.json").read_bytes())["heads"]
+    assert load(run, folder).heads == json.loads((folder / "result.json").read_bytes())["heads"]
 
 
 @pytest.mark.parametrize("keep", [0, 100, 5000])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from silalib.files import ROOT
 from silalib.launch import workers
 from silalib.launch.ensure import ensure
 from silalib.models import MODELS, count_parameters
-from silalib.records import failure, load_folder
+from silalib.records import failure, load
 from silalib.training import trainer
 from silalib.training.network_parallel import Ranks
 
@@ -27,9 +28,7 @@ BATCH, CLASSES = 16, 10
 
 @pytest.fixture(autouse=True, scope="module")
 def smooth_networks():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, factory in SMOOTH.items():
-            patch.setitem(MODELS, name, factory)
+    with mock.patch.dict(MODELS, SMOOTH):
         yield
 
 
@@ -92,7 +91,7 @@ def assert_equal(record, expected, tolerance):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_parallel_is_one_process(name, together, alone):
     run = NETWORKS[name]
-    record = load_folder(run, together[2] / run.key)
+    record = load(run, together[2] / run.key)
     provenance = record.result["provenance"]
     assert (provenance["layout"], provenance["processes"]) == ("network-parallel", 2)
     assert_equal(record, alone(run), 1e-5)
@@ -100,7 +99,7 @@ def test_network_parallel_is_one_process(name, together, alone):
 
 def test_a_run_of_another_number_of_networks_is_trained_by_the_first_process_alone(together, alone):
     done, notes, folder = together
-    record = load_folder(ALONE, folder / ALONE.key)
+    record = load(ALONE, folder / ALONE.key)
     assert (record.result["provenance"]["layout"], record.result["provenance"]["processes"]) == (None, 1)
     assert_equal(record, alone(ALONE), 0)
     assert [ALONE.key in seen for seen in notes] == [True, False]
@@ -153,7 +152,7 @@ def test_a_signal_to_one_process_stops_all_and_they_go_on(together, tmp_path):
         trainer.train(run, elsewhere, "cpu")
     ranks = Ranks()
     ranks.parallel, ranks.rank, ranks.size = True, 1, 2
-    ranks.broadcast = lambda _: (elsewhere / "checkpoint.pt", 6)
+    ranks.gather = lambda _: [(elsewhere / "checkpoint.pt", 6)]
     own = elsewhere / "checkpoint.1-6.pt"
     own.write_bytes(own.read_bytes()[:-1])
     with pytest.raises(CorruptFile, match=r"checkpoint.1-6.pt is damaged: delete checkpoint\*.pt beside it"):
@@ -165,7 +164,7 @@ def test_a_signal_to_one_process_stops_all_and_they_go_on(together, tmp_path):
     assert [seen[next_run.key]["first"] for seen in notes] == [1, 1]
     assert not list(folder.glob("*/*.pt"))
     for each in (run, next_run):
-        record, whole = (load_folder(each, place / each.key) for place in (folder, together[2]))
+        record, whole = (load(each, place / each.key) for place in (folder, together[2]))
         assert_equal(record, whole, 0)
         assert record.read("weights.safetensors") == whole.read("weights.safetensors")
 
@@ -182,9 +181,9 @@ def test_one_of_torchruns_processes_ends_before_python_closes_down(environment, 
 
 
 @pytest.fixture
-def one_of_two(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def one_of_two():
+    with mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID="here", WORLD_SIZE="2"):
+        yield
 
 
 def test_workers_are_refused(one_of_two):

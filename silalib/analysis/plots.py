@@ -10,10 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from .. import __version__
+from .. import __version__, data
 from ..files import results_folder, to_json, write_atomically
 from ..losses import LABELS
-from . import statistics
+from . import statistics, tables
 
 COLOURS = dict(zip(LABELS, cycle(("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))))
 """Method -> colour, distinguishable without red-green vision."""
@@ -200,3 +200,40 @@ def escaped(frame, language):
     """The style of a data frame without its index; every character of cells and headers stands for itself."""
     style = frame.style.hide(axis="index").format(escape=language)
     return style.format_index(escape=language, axis="columns")
+
+
+def table_page(name, profile, grid, records):
+    """Show "table1", "table2" or "table3" beside the paper's, data set by data set, and the gains in top-1 over IND."""
+    methods = [method for method in LABELS if method != "ind" and method in {run.method for run in grid}]
+    for dataset in dict.fromkeys(run.dataset for run in grid):
+        own = [run for run in grid if run.dataset == dataset]
+        done = {run: records[run] for run in own if run in records}
+        parts, suffix = {"a": ("top1", "top5"), "b": ("best", "nll")}, ""
+        if name == "table3":
+            suffix = f"_{dataset}"
+            parts = {suffix: ("top1", "top2" if data.dataset(dataset).classes == 10 else "top5")}
+        metrics = [metric for part in parts.values() for metric in part]
+        rows, where = tables.over_seeds(tables.cells(own, done, metrics, name)), tables.title(profile, dataset)
+        over = statistics.seeds(rows["n"], "; mean ± 95% interval over ") or "; not run"
+        for part, shown in parts.items():
+            frame = tables.comparison(rows, shown, learned=80 if profile == "quick" else 0)
+            caption = f"Table {name[-1]}{part if not suffix else ''}. {where}; {tables.unit(shown)}{over}."
+            show_table(frame, f"{name}{part}", profile, caption, rows[rows["metric"].isin(shown)], done)
+        fig = gains(rows, methods, where)
+        alt = "Gain in top-1 accuracy over independent training for every network row"
+        show(fig, f"{name}{suffix}_gains", profile, alt, done)
+
+
+def panels(names, columns, title):
+    """A figure of means with their intervals, in panels that share the names of their rows.
+
+    columns: label of a panel -> [(mean, half-width) of each row].
+    """
+    fig, axes = plt.subplots(1, len(columns), figsize=(2.2 + 2.9 * len(columns), 1.3 + 0.34 * len(names)), sharey=True)
+    for ax, (label, values) in zip(np.atleast_1d(axes), columns.items()):
+        means, half_widths = np.array(values, float).reshape(-1, 2).T
+        style = dict(fmt="o", color=COLOURS["sila"], capsize=2)
+        intervals(ax, names, [(range(len(names)), means, half_widths, style)], label)
+        ax.locator_params(axis="x", nbins=5)
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return fig

@@ -17,11 +17,14 @@ LABELS = ("done", "running", "started", "pending", "failed", "damaged")
 def lines(profile, seeds, grids):
     """The lines for a profile. seeds: those asked for, or None; grids: exhibit -> its runs."""
     states = {run: state(run) for run in dict.fromkeys(chain(*grids.values()))}
-    yield f"profile {profile}; {claims.score(claims.judge(profile, seeds))}"
-    yield f"{'':10}" + "".join(f"{label:>9}" for label in LABELS)
+    judged = claims.judge(profile, seeds)
+    yield f"profile {profile}; {claims.score(judged)}"
+    if profile != "quick":
+        yield from (f"  {claim.name}. {claim.claim}: {claim.verdict}" for claim in judged)
+    yield f"{'':14}" + "".join(f"{label:>9}" for label in LABELS)
     for name, grid in grids.items():
         counts = Counter(states[run] for run in set(grid))
-        yield f"{name:10}" + "".join(f"{counts[label] or '-':>9}" for label in LABELS)
+        yield f"{name:14}" + "".join(f"{counts[label] or '-':>9}" for label in LABELS)
     for run in states:
         if states[run] == "failed" and (found := failure(run)):
             yield f"failed: {found['error']} (--retry trains it again)"
@@ -35,21 +38,16 @@ def lines(profile, seeds, grids):
     lacking = {run for run in left if data.dataset(run.dataset).prepared and not data.is_available(run.dataset)}
     seconds = seconds_left([run for run in left if run not in lacking], records)
     tier = tiers(profile)
-    last = max(tier.values())
+    last, unit = max(tier.values()), "GPU" if pick_device("auto").type == "cuda" else "core"
     for number in sorted(set(tier.values())):
         mine = {run for run in states if tier.get(run, last) == number}  # what no profile plans is last
         text = f"tier {number}: " if last > 1 else ""
         text += f"{len(mine.intersection(done))} of {len(mine)} runs done"
         if needed := sum(seconds.get(run, 0) for run in mine):
-            text += f", about {hours(needed)} left at this machine's speed"
+            hours = f"{needed / 3600:.1f} {unit}-hours" if needed >= 3600 else f"{duration(needed)} of one {unit}"
+            text += f", about {hours} left at this machine's speed"
         if wanting := mine & lacking:
             titles = sorted({data.dataset(run.dataset).title for run in wanting})
             text += f", and {len(wanting)} that need your {', '.join(titles)}"
         if mine:
             yield text
-
-
-def hours(seconds):
-    """Of one core, or one GPU: 12 s, 25 min 00 s, 3.4 core-hours."""
-    unit = "GPU" if pick_device("auto").type == "cuda" else "core"
-    return f"{seconds / 3600:.1f} {unit}-hours" if seconds >= 3600 else f"{duration(seconds)} of one {unit}"

@@ -15,7 +15,7 @@ from ..models import MODELS, NAMES, count_macs, count_parameters
 from ..records import failure
 from ..training.execution import precision
 from ..training.provenance import device_kind
-from .statistics import Pair, describe_difference, interval, paired, plus_minus
+from .statistics import Pair, interval, over_seeds_of, paired, plus_minus
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
@@ -23,7 +23,7 @@ METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "n
 COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
 
 HEAD = ["run", "method", "seed", "net", "network", *METRICS, "ece", "nll_scaled", "ece_scaled", "parameters", "macs"]
-HEAD += ["train_nll", "train_ece", "test_concentration", "train_concentration"]
+HEAD += ["train_nll", "train_top1", "train_ece", "test_concentration", "train_concentration"]
 HEAD += [f"curvature_{name}" for name in ("absolute", "filter", "absolute_residual", "filter_residual")]
 HEAD += [f"ensemble_{field}" for field in ("top1", "top5", "nll", "ece", "nll_scaled", "disagreement", "divergence")]
 """Columns that `heads` always has: older records lack some, and not all are measured of each run."""
@@ -48,9 +48,20 @@ def measured(grid, records, metrics, exhibit=""):
         pair = "+".join(NAMES[net] for net in (run.nets if run.method != "ind" else run.nets[:1]))
         shared = [exhibit, data.dataset(run.dataset).title, pair, run.method]
         for head, net in enumerate(run.nets):
-            values = records[run].heads[head] if run in records else dict.fromkeys(metrics, np.nan)
+            lost = dict.fromkeys(metrics, np.nan) | ({"top1": chance(run)} if diverged(run, records) else {})
+            values = records[run].heads[head] if run in records else lost
             rows += [[*shared, head + 1, NAMES[net], metric, run.seed, values[metric], run] for metric in metrics]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def diverged(run, records):
+    """Whether training failed: then the run counts with the top-1 of `chance`, and with nothing else."""
+    return run not in records and failure(run) is not None
+
+
+def chance(run):
+    """The top-1 (percent) of guessing."""
+    return 100 / data.dataset(run.dataset).classes
 
 
 def printed(table):
@@ -89,16 +100,13 @@ def gains(frame, method=None, over="ind"):
     return merged.assign(gain=gain.where(merged["method"] != over))
 
 
-def effect(name, unit, better, records=None, metric=None):
-    """The `Effect` of rows that `gains` gives, in one metric; without it the mean of top-1 and the signs of all."""
+def effect(name, unit, better, metric="top1", plan=None, records=None, **more):
+    """The `Effect` of rows that `gains` gives, in one metric."""
     pairs = []
-    for row in better.itertuples():
-        cell = row.exhibit, row.dataset, row.pair, row.net, row.metric
+    for row in better[better["metric"] == metric].itertuples():
+        cell = row.exhibit, row.dataset, row.pair, row.net
         pairs.append(Pair(cell, row.seed, row.gain, row.run, row.run_over, row.net - 1, row.net_over - 1))
-    shown = metric or "top1"
-    found = paired(name, unit, [pair for pair in pairs if pair.cell[-1] == shown], records, shown)
-    signs = found if metric else paired(name, unit, pairs)
-    return replace(found, wins=signs.wins, total=signs.total, missing=signs.missing)
+    return paired(name, unit, pairs, plan, records, metric, **more)
 
 
 def cells(grid, records, metrics, table=None):
@@ -139,44 +147,6 @@ def over_seeds(frame):
         rows.append([*row, "; ".join(filter(None, group["failed"].unique())), *group[["paper", "paper_gain"]].iloc[0]])
     counted = ["n", "mean", "half", "gain", "gain_half", "gain_n", "failed", "paper", "paper_gain"]
     return pd.DataFrame(rows, columns=[*keys, *counted])
-
-
-def score(frame, method, column="gain"):
-    """The `Effect` of a method over IND in `cells`: the mean of top-1, the signs of all metrics.
-
-    column: "gain" of our records or "paper_gain".
-    """
-    chosen = frame[frame["method"] == LABELS[method]]
-    if column == "paper_gain":  # it stands beside every seed; a cell that is not printed is not missing
-        chosen = chosen[(chosen["seed"] == chosen["seed"].min()) & chosen[column].notna()]
-    return effect(f"{LABELS[method]} over IND", "points", chosen.assign(gain=chosen[column]))
-
-
-def scores(frame, methods):
-    """A table to look at of `score` for each method: ours beside the paper's."""
-    rows = []
-    for method in methods:
-        row = {"method": LABELS[method]}
-        for whose, column in (("ours", "gain"), ("paper", "paper_gain")):
-            found = score(frame, method, column)
-            row[f"cells won, {whose}"] = found.cells or "not run"
-            row[f"mean top-1 gain, {whose}"] = found.number or "not run"
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def verdicts(frame, methods):
-    """A line of Markdown for each method: whether its mean gain in top-1 can be told from zero over seeds."""
-    lines = []
-    for method in methods:
-        found = score(frame, method)
-        line = f"{LABELS[method]} beats IND in {found.wins} of {found.total} cells; its mean gain in top-1 is {found}: "
-        if found.missing:
-            line += f"inconclusive, with {found.total} of {found.total + found.missing} cells of the grid"
-        else:
-            line += describe_difference(found.mean, found.half_width, "IND")
-        lines.append(f"- {line}." if found.total else f"- {LABELS[method]}: not run.")
-    return "\n".join(lines)
 
 
 def comparison(summary, metrics, learned=0.0):
@@ -238,11 +208,6 @@ def curves(grid, records, method, head=0, column="test_top1"):
     """A column of the histories of a method's runs, as a data frame with a row per seed and a column per epoch."""
     found = {run.seed: records[run].history for run in grid if run.method == method and run in records}
     return pd.DataFrame({s: h[h["head"] == head].set_index("epoch")[column] for s, h in found.items()}).T
-
-
-def second_half(values):
-    """The mean of each row of `curves` over the second half of the epochs."""
-    return values.iloc[:, values.shape[1] // 2 :].mean(axis=1)
 
 
 def exit_curves(grid, records, curve):
@@ -380,3 +345,39 @@ def stand_in(profile):
     """Disclaimer of the quick profile; "" for any other."""
     disclaimer = "These are stand-in data and tiny networks: they show that every part works and judge nothing"
     return f"\n{disclaimer} in the paper." if profile == "quick" else ""
+
+
+def what_runs(profile, grid, records):
+    """Markdown: how many runs of a page have a record, on which data, seeds and schedules, and what is not run."""
+    lines = [f"{len(records)} of {len(grid)} runs have a record."]
+    for name in dict.fromkeys(run.dataset for run in grid):
+        runs = [run for run in grid if run.dataset == name]
+        planned = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+        lines.append(f"{title(profile, name)}; seeds {planned}; {'; '.join(dict.fromkeys(map(schedule, runs)))}.")
+    return "\n\n".join([" ".join(lines), not_run(grid, records)])
+
+
+def of_exhibit(claim, exhibit):
+    """A judged claim with those of its effects that are about one exhibit, such as "Table 1"."""
+    effects = tuple(effect for effect in claim.effects if exhibit in effect.name)
+    return replace(claim, claim=f"{claim.claim} ({exhibit})", effects=effects)
+
+
+def side_by_side(parts, columns, over=None, first="network"):
+    """A table to look at: a row for each part of `heads`, with means and 95% intervals over seeds.
+
+    parts: label -> data frame; several networks of a seed are averaged. columns: title -> (column, digits). over:
+    name -> the part to which differences stand beside, paired by seed and network; it has none to itself.
+    """
+    rows = []
+    for label, part in parts.items():
+        row = {first: label, "seeds": part["seed"].nunique()}
+        for title, (column, digits) in columns.items():
+            values = [group.mean(skipna=False) for _, group in part.groupby("seed")[column]]
+            row[title] = over_seeds_of([None if np.isnan(value) else value for value in values], digits)
+            for name, baseline in (over or {}).items():
+                apart = not part["run"].isin(baseline["run"]).all()
+                text = plus_minus(*difference(part, baseline, column), digits, signed=True) if apart else ""
+                row[f"{title}, to {name}"] = text
+        rows.append(row)
+    return pd.DataFrame(rows)

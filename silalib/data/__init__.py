@@ -1,10 +1,7 @@
 """The data sets. DATASETS: name -> DatasetSpec; `load(name)` gives its images, `splits(run, device)` what a run needs.
 
-`digits` (1,797 scans of 8x8 pixels that come with scikit-learn) is embedded and needs no network; MNIST and CIFAR
-come through torchvision, which downloads them once and checks their published MD5s. ImageNet-100 and any other folder
-of images are prepared once from the user's own files (`launch.prepare`) and then read where they lie, memory-mapped.
-All live in the folder of the environment variable SILALIB_DATA, or data/ in the project.
-"""
+`digits` comes with scikit-learn; torchvision downloads MNIST and CIFAR once. ImageNet-100 and any other folder of
+images are prepared once from the user's own files (`launch.prepare`), then read where they lie, memory-mapped."""
 
 import hashlib
 import importlib.util
@@ -27,17 +24,14 @@ from filelock import FileLock
 from ..errors import MissingData, UserError
 from ..files import ROOT
 from . import prepared
-from .batches import MemoryMapped, in_batches
+from .batches import AT_ONCE, MemoryMapped, in_batches
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Static metadata of a data set.
-
-    image: shape (C, H, W). folder: where its files lie below the data folder, None if embedded.
-    sha256: of the decoded pixels and labels, None if not fixed. prepared: from the user's own files, see `prepared`.
-    read: gives its images and labels as tensors, in the order of `Images`, where they are embedded.
-    """
+    """Static metadata of a data set, whose image has the shape (C, H, W).
+    folder: where its files lie below the data folder, None if embedded; then read() gives the tensors of `Images`.
+    sha256: of the decoded pixels and labels, None if not fixed. prepared: from the user's own files, see `prepared`."""
 
     title: str
     classes: int
@@ -50,7 +44,7 @@ class DatasetSpec:
     read: Callable | None = None
 
 
-Dataset = DatasetSpec  # its name in earlier versions
+Dataset = DatasetSpec  # its name before torch's Dataset was meant by the word
 
 _SHA256 = {
     "mnist": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
@@ -71,9 +65,7 @@ DATASETS = {
 @dataclass(frozen=True)
 class Images:
     """A whole data set: uint8 images (n, C, H, W), int64 labels (n,), and the sha256 of both.
-
-    mapped: whether the images lie in a file and come into memory only where they are read.
-    """
+    mapped: whether the images lie in a file and come into memory only where they are read."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -95,6 +87,7 @@ class Split:
 
 
 def data_folder():
+    """The folder of the environment variable SILALIB_DATA, or data/ in the project."""
     return Path(os.environ.get("SILALIB_DATA") or ROOT / "data")
 
 
@@ -121,13 +114,18 @@ def known_checksum(name):
 @lru_cache(maxsize=2)
 def load(name):
     """The whole data set `name` as Images, downloaded first if need be.
-
-    Raises MissingData when it is not here and cannot be downloaded, UserError when its files are damaged.
-    """
+    Raises MissingData when it is not here and cannot be downloaded, UserError when its files are damaged."""
     spec = dataset(name)
-    if spec.prepared:
-        return _prepared(name)
-    return _verified(name, spec.read()) if spec.read else _from_torchvision(name)
+    if spec.read:
+        return _verified(name, spec.read())
+    if not spec.prepared:
+        return _from_torchvision(name)
+    arrays, checksum = prepared.open_arrays(data_folder() / name)
+    with warnings.catch_warnings():  # torch would rather have arrays that may be written, which these must not be
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        train, train_labels, test, test_labels = map(torch.from_numpy, arrays)
+    train, test = (images.permute(0, 3, 1, 2) for images in (train, test))
+    return Images(train, train_labels, test, test_labels, checksum, mapped=True)
 
 
 def is_available(name):
@@ -142,17 +140,8 @@ def download(name):
         load(name)
 
 
-def _prepared(name):
-    arrays, checksum = prepared.open_arrays(data_folder() / name)
-    with warnings.catch_warnings():  # torch would rather have arrays that may be written, which these must not be
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        train, train_labels, test, test_labels = map(torch.from_numpy, arrays)
-    train, test = (images.permute(0, 3, 1, 2) for images in (train, test))
-    return Images(train, train_labels, test, test_labels, checksum, mapped=True)
-
-
 def _digits(size):
-    """The last 500 images to test on, the others to train on, enlarged to size x size once."""
+    """1,797 scans of 8x8 pixels, enlarged to size x size once: the last 500 to test on, the others to train on."""
     package = Path(importlib.util.find_spec("sklearn").origin).parent  # its import takes as long as a small training
     rows = torch.from_numpy(np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", np.uint8, delimiter=","))
     images = rows[:, :-1].float().view(-1, 1, 8, 8) * (255 / 16)
@@ -165,43 +154,38 @@ def _digits(size):
 def _from_torchvision(name):
     """The published images. What else lies in their place becomes *.corrupt, and they are downloaded."""
     root, where, state = data_folder(), data_folder() / DATASETS[name].folder, "missing"
-    found = _read(name)
+    if found := _read(name):
+        return found
     try:
-        if found is None:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f".{name}.lock"):
-                found = _read(name)  # another process may have downloaded it meanwhile
-                if found is None and any(where.glob("*")):
-                    aside = where.with_name(f"{where.name}.corrupt")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    where.replace(aside)
-                    state = f"damaged (it is now {aside.name})"
-                    print(f"{where} was {state}", file=sys.stderr, flush=True)
-                found = found or _read(name, download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{name}.lock"):
+            found = _read(name)  # another process may have downloaded it meanwhile
+            if found is None and any(where.glob("*")):
+                aside = where.with_name(f"{where.name}.corrupt")
+                shutil.rmtree(aside, ignore_errors=True)
+                where.replace(aside)
+                state = f"damaged (it is now {aside.name})"
+                print(f"{where} was {state}", file=sys.stderr, flush=True)
+            found = found or _read(name, download=True)
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError):  # a URLError has no number
-            raise UserError(
-                f"cannot write to {root} ({error.strerror}): set SILALIB_DATA to a folder of yours, with room in it"
-            ) from None
+            instead = "set SILALIB_DATA to a folder of yours, with room in it"
+            raise UserError(f"cannot write to {root} ({error.strerror}): {instead}") from None
     if found is None:
         raise MissingData(f"no network and {where} is {state}: put {DATASETS[name].title} there")
     return found
 
 
 def _read(name, download=False):
-    """The Images of torchvision's files, None where they are missing or not the published ones.
-
-    CIFAR's pickles are opened only after their MD5 matched.
-    """
+    """The Images of torchvision's files, None where they are missing or not the published ones, unopened."""
     from ._torchvision import torchvision
 
     of_split = getattr(torchvision.datasets, name.upper())
     try:
         arrays = []
         for split in [of_split(data_folder(), train=train, download=download) for train in (True, False)]:
-            pixels = torch.as_tensor(split.data)
-            arrays += [pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)]
-            arrays += [torch.as_tensor(split.targets).long()]
+            pixels, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets).long()
+            arrays += [pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2), labels]
         return _verified(name, arrays)
     except (OSError, MemoryError):
         raise
@@ -230,13 +214,10 @@ def balanced_order(labels, seed=0):
 
 def splits(run, device):
     """What `run` trains on, holds out and tests on: {"train", "holdout", "test"} -> Split, and the data's checksum.
-
     train_size and holdout take fixed, class-balanced subsets of the training images, the same for every seed.
-    Images that do not fit on the device are MemoryMapped, see `fits_on_device`.
-    """
+    Images that do not fit on the device are MemoryMapped, see `fits_on_device`."""
     whole = load(run.dataset)
-    order = balanced_order(whole.train_labels)
-    held = run.holdout
+    order, held = balanced_order(whole.train_labels), run.holdout
     if held + (run.train_size or 1) > len(order):
         raise UserError(f"train_size {run.train_size} with holdout {held}: {run.dataset} has {len(order)} images")
     end = held + run.train_size if run.train_size else None
@@ -255,28 +236,21 @@ def splits(run, device):
 
 
 def fits_on_device(whole, augment, device, free=None):
-    """Whether the images fit on the device, with a padded copy where crops are cut from them.
-
-    On a CPU a memory-mapped file is read where it lies; on a GPU its images stay if they leave seven tenths of the free
-    memory to training. free: bytes of it, by default what the GPU says.
-    """
+    """Whether the images, padded too where crops are cut from them, stay on the device. A memory-mapped file does on a
+    GPU if it leaves seven tenths of the free memory to training; free: bytes of it, by default what the GPU says."""
     if not whole.mapped or device.type == "cpu":
         return not whole.mapped
     bytes_needed = (whole.train_images.nbytes + whole.test_images.nbytes) * (2 if "crop" in augment else 1)
     return bytes_needed < 0.3 * (torch.cuda.mem_get_info(device)[0] if free is None else free)
 
 
-def normalisation(split, at_once=1 << 26):
-    """Per-channel mean and standard deviation of a split's pixels, in units of 1/255 of the range; shape (C,) each.
-
-    at_once: bytes of pixels that are counted at once.
-    """
+def normalisation(split):
+    """Per-channel mean and standard deviation of a split's pixels, as fractions of 255; shape (C,) each."""
     counts = 0
-    for batch in in_batches(split.images, max(1, at_once // math.prod(split.images.shape[1:]))):
+    for batch in in_batches(split.images, max(1, AT_ONCE // math.prod(split.images.shape[1:]))):
         pixels = batch.flatten(0, 2)
         counts += torch.stack([channel.int().bincount(minlength=256) for channel in pixels.T])
-    counts = counts.double().cpu()
-    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts, levels = counts.double().cpu(), torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels**2 - mean**2).sqrt()

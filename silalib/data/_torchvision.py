@@ -1,8 +1,4 @@
-"""Import torchvision through this module: it works even where its compiled operators do not fit the installed torch.
-
-A torchvision built for another device then fails with 'operator torchvision::nms does not exist'. Nothing here uses its
-operators, so what its import asks for is declared instead.
-"""
+"""Import torchvision through this module: one built for another device lacks operators, which nothing here uses."""
 
 try:
     import torchvision

@@ -7,35 +7,27 @@ from ..randomness import generator
 from . import autoaugment
 
 PADDING = 4
-DEGREES = 15
-"""Largest angle of `rotate15`."""
 AUGMENTATIONS = ("none", "crop", "flip", "crop+flip", "autoaugment", "crop+flip+autoaugment")
 AUGMENTATIONS += ("flip+rotate15", "crop+flip+rotate15")
 
 
 def pad(images, augment):
     """uint8 (n, H, W, C) -> the padded images that `crop_flip` reads; black borders of 4 pixels for crops."""
-    if "crop" not in augment:
-        return images
-    return F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING))
+    return F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING)) if "crop" in augment else images
 
 
 def epoch_plan(run, epoch, n, device):
     """Every random choice of one epoch over n images, drawn on the CPU and moved once.
-
     Returns (order, offset, flip) of shapes (n,), (n, 2) and (n,): which image, where its crop begins in the padded
-    image, and whether it is mirrored. What `transform` needs follows: with AutoAugment its choices, see
-    `autoaugment.draw`; with rotation the angle (n,) in degrees, uniform from -15 to 15.
+    image, whether it is mirrored; then what `transform` needs: `autoaugment.draw`, or angles (n,), -15 to 15 degrees.
     """
     g = generator(run.seed, "epoch", epoch)
     order = torch.randperm(n, generator=g)
     offset = torch.randint(2 * PADDING + 1, (n, 2), generator=g)
     flip = torch.rand(n, generator=g) < 0.5
-    choices = ()
-    if "autoaugment" in run.augment:
-        choices = autoaugment.draw(n, g)
-    elif "rotate15" in run.augment:
-        choices = (DEGREES * (2 * torch.rand(n, generator=g) - 1),)
+    choices = autoaugment.draw(n, g) if "autoaugment" in run.augment else ()
+    if "rotate15" in run.augment:
+        choices = (15 * (2 * torch.rand(n, generator=g) - 1),)
     if "crop" not in run.augment:
         offset.zero_()
     if "flip" not in run.augment:
@@ -44,10 +36,7 @@ def epoch_plan(run, epoch, n, device):
 
 
 def crop_flip(padded, index, offset, flip, size):
-    """Rows `index` of padded (n, H + 2p, W + 2p, C), each cropped at its offset (B, 2) and mirrored where flip (B,).
-
-    Returns uint8 (B, H, W, C) for size = (H, W).
-    """
+    """Rows `index` of padded (n, H + 2p, W + 2p, C), each cropped at its offset (B, 2), mirrored where flip (B,)."""
     rows, columns = (torch.arange(s, device=padded.device) for s in size)
     y = offset[:, :1] + rows
     x = offset[:, 1:] + torch.where(flip[:, None], columns.flip(0), columns)
@@ -62,10 +51,8 @@ def transform(images, *choices):
 
 
 def rotate(images, degrees):
-    """Turn each of uint8 images (B, H, W, C) counter-clockwise about its centre by degrees (B,).
-
-    Nearest neighbour, black where no pixel comes from, as torchvision's RandomRotation; returns new images.
-    """
+    """Turn each of uint8 images (B, H, W, C) counter-clockwise about its centre by degrees (B,): nearest neighbour,
+    black where no pixel comes from, as torchvision's RandomRotation."""
     height, width = images.shape[1:3]
     radians = torch.deg2rad(degrees.double())[:, None, None]
     c, s = radians.cos(), radians.sin()

@@ -1,9 +1,7 @@
 """AutoAugment's policy for CIFAR-10 (Cubuk et al. 2018), on a whole batch of uint8 images at once.
 
-The operations are those of torchvision.transforms.v2.AutoAugment with its defaults: magnitudes in ten bins, nearest
-neighbours, black where no pixel comes from. Each image has a sub-policy of its own, and for each of its two
-operations a coin and a sign of its own.
-"""
+The operations are those of torchvision.transforms.v2.AutoAugment with its defaults. Each image has a sub-policy of its
+own, and for each of its two operations a coin and a sign of its own."""
 
 from functools import lru_cache
 from math import cos, radians, sin
@@ -12,45 +10,26 @@ from types import SimpleNamespace
 import torch
 
 POLICY = (
-    (("Invert", 0.1, None), ("Contrast", 0.2, 6)),
-    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
-    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)),
-    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
-    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-    (("Equalize", 0.6, None), ("Equalize", 0.5, None)),
-    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
-    (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
-    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
-    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-    (("Solarize", 0.5, 2), ("Invert", 0.0, None)),
-    (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
-    (("Equalize", 0.2, None), ("Equalize", 0.6, None)),
-    (("Color", 0.9, 9), ("Equalize", 0.6, None)),
-    (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)),
-    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)),
-    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)),
-    (("Equalize", 0.8, None), ("Invert", 0.1, None)),
+    (("Invert", 0.1, None), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)), (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)), (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+    (("Color", 0.4, 3), ("Brightness", 0.6, 7)), (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+    (("Equalize", 0.6, None), ("Equalize", 0.5, None)), (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)), (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
+    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)), (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+    (("Solarize", 0.5, 2), ("Invert", 0.0, None)), (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
+    (("Equalize", 0.2, None), ("Equalize", 0.6, None)), (("Color", 0.9, 9), ("Equalize", 0.6, None)),
+    (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)), (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)), (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)), (("Equalize", 0.8, None), ("Invert", 0.1, None)),
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
-)
+)  # fmt: skip
 """The 25 sub-policies: two operations each, as (name, probability, bin of the magnitude)."""
 
 SIGNED = ("ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
-
-OPERATIONS = (
-    ("Identity", None, False),
-    *dict.fromkeys(
-        (name, level, negative)
-        for sub_policy in POLICY
-        for name, _, level in sub_policy
-        for negative in ((False, True) if name in SIGNED else (False,))
-    ),
-)
+# of every sub-policy both operations, each with both signs; some have none
+STEPS = [(name, level, n and name in SIGNED) for sub in POLICY for name, _, level in sub for n in (False, True)]
+OPERATIONS = (("Identity", None, False), *dict.fromkeys(STEPS))
 """All that can happen to an image in one step: (name, bin of the magnitude, whether the magnitude is negative)."""
 
 NAMES = tuple(dict.fromkeys(name for name, _, _ in OPERATIONS))
@@ -67,10 +46,8 @@ def draw(n, generator):
 
 def autoaugment(images, sub_policy, applied, negative, fixed_shapes=None):
     """Apply the choices of `draw` to uint8 images (B, H, W, C) of one or three channels; returns new images.
-
-    fixed_shapes: compute each operation for all images, so that nothing waits for the host to hear how many they are
-    and the step can be captured in a graph. By default so on a GPU; on a CPU the other way is several times faster.
-    """
+    fixed_shapes: compute each operation for all images, so that the step can be captured in a graph. By default so on a
+    GPU; on a CPU the other way is several times faster."""
     fixed_shapes = images.device.type != "cpu" if fixed_shapes is None else fixed_shapes
     constants = _constants(*images.shape[1:3], images.device)
     for stage in range(2):
@@ -91,26 +68,19 @@ def apply(images, operation, fixed_shapes=False):
     return images
 
 
-# The four families: each takes uint8 images (n, H, W, C), operations (n,) and the constants.
-
-
 def _map_levels(images, operation, constants):
     """Operations on each level of each channel: one table (256,) per image and channel, and one gather for all."""
-    pixels = images.flatten(1, 2)
+    pixels, levels = images.flatten(1, 2), torch.arange(256, device=images.device)[:, None]
     index = pixels.long()
-    levels = torch.arange(256, device=images.device)[:, None]
     low, high = pixels.amin(1, keepdim=True), pixels.amax(1, keepdim=True)
     stretched = ((levels - low.float()) / ((high - low) * (1 / 255))).clamp(0, 255)
-
     count = torch.zeros(len(images), 256, images.shape[-1], dtype=torch.int32, device=images.device)
     count.scatter_add_(1, index, count.new_ones(1).expand_as(index))
     below = count.cumsum(1, dtype=torch.int32) - count
     step = (pixels.shape[1] - count.gather(1, high.long())) // 255
     equalized = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
-
     own, other = constants.weights[operation].T[:, :, None, None]
     contrasted = (levels * own + _grey(images).mean((1, 2))[:, None] * other).clamp(0, 255)
-
     table = constants.table[operation][:, :, None].expand_as(count)
     name = constants.name[operation][:, None, None]
     for kind, possible, tables in [
@@ -178,8 +148,7 @@ FAMILIES = {
 def _constants(height, width, device):
     """What depends on the operation alone, as tensors on one device, for images of H x W; K = len(OPERATIONS)."""
     names, magnitudes = zip(*((operation[0], magnitude(*operation, height, width)) for operation in OPERATIONS))
-    steps = [(name, level, negative) for sub in POLICY for name, _, level in sub for negative in (False, True)]
-    index = [OPERATIONS.index((name, level, negative and name in SIGNED)) for name, level, negative in steps]
+    index = [OPERATIONS.index(step) for step in STEPS]
     family = {name: i for i, members in enumerate(FAMILIES.values()) for name in members}
     source, inside = zip(*(_source(*operation, height, width) for operation in zip(names, magnitudes)))
     tensors = {
@@ -208,23 +177,19 @@ def magnitude(name, level, negative, height, width):
 
 
 def _table(name, m):
-    table = torch.arange(256)
-    if name == "Invert":
-        table = 255 - table
-    elif name == "Solarize":
-        table = torch.where(table < m, table, 255 - table)
-    elif name == "Posterize":
-        table = table >> (8 - m) << (8 - m)
-    elif name == "Brightness":
-        table = (table * (1 + m)).clamp(0, 255)
-    return table.to(torch.uint8)
+    levels = torch.arange(256)
+    changes = {
+        "Invert": lambda: 255 - levels,
+        "Solarize": lambda: torch.where(levels < m, levels, 255 - levels),
+        "Posterize": lambda: levels >> (8 - m) << (8 - m),
+        "Brightness": lambda: (levels * (1 + m)).clamp(0, 255),
+    }
+    return changes.get(name, lambda: levels)().to(torch.uint8)
 
 
 def _source(name, m, height, width):
     """The (source, inside) of `_constants`, both (H * W,); coordinates are in pixels from the image's corner."""
-    y = torch.arange(height, dtype=torch.float64)[:, None] + 0.5
-    x = torch.arange(width, dtype=torch.float64) + 0.5
-    y, x = torch.broadcast_tensors(y, x)
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) + 0.5 for n in (height, width)), indexing="ij")
     if name == "ShearY":
         y = y + m * x
     elif name == "TranslateX":

@@ -8,8 +8,8 @@ import torch
 
 from .augment import crop_flip, pad
 
-AHEAD = 3
-"""Batches that are gathered before they are needed."""
+AT_ONCE = 1 << 26  # bytes of images that are brought, or counted, at once
+AHEAD = 3  # batches that are gathered before they are needed
 
 
 class MemoryMapped:
@@ -29,23 +29,19 @@ class MemoryMapped:
         rows = self.rows[chosen.cpu() if isinstance(chosen, torch.Tensor) else chosen]
         return self.images.index_select(0, rows).to(self.device)
 
-    def resident(self, at_once=1 << 26):
-        """All of the images on the device, (n, H, W, C), to which they are brought in parts of so many bytes."""
+    def resident(self):
+        """All of the images on the device, (n, H, W, C)."""
         images = torch.empty(self.shape, dtype=torch.uint8, device=self.device)
-        size = max(1, at_once // math.prod(self.shape[1:]))
+        size = max(1, AT_ONCE // math.prod(self.shape[1:]))
         for part, batch in zip(images.split(size), self.batches(torch.arange(len(self)), size)):
             part.copy_(batch)
         return images
 
     def batches(self, order, size):
         """Images `order` (m,) in batches of `size`, the last one maybe smaller: uint8 (B, H, W, C) on the device.
-
-        A thread gathers the next batches while the caller works on this one; on a GPU into pinned memory, from where
-        they are copied beside the caller's work.
-        """
-        rows = deque(self.rows[order.cpu()].split(size))
+        A thread gathers the next ones meanwhile, for a GPU in pinned memory, copied beside the caller's work."""
+        rows, pending = deque(self.rows[order.cpu()].split(size)), deque()
         buffers = deque(self._buffer(min(size, len(order))) for _ in range(AHEAD + 1))
-        pending = deque()
         while rows or pending:
             while rows and len(pending) < AHEAD:
                 pending.append(self.thread.submit(self._fetch, rows.popleft(), buffers[0]))

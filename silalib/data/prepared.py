@@ -11,17 +11,13 @@ from ..errors import CorruptFile, MissingData, UserError
 from ..files import read_sealed, to_json, write_atomically
 
 FILES = ("train.npy", "train_labels.npy", "test.npy", "test_labels.npy")
-
 VERIFIED = ".verified.json"
-
 AGAIN = "prepare it again (python -m silalib data ... --from DIR)"
 
 
 def describe(folder):
     """The content of dataset.json: title, classes (their names), image shape, numbers of images, checksums.
-
-    Raises MissingData where the folder is missing or not complete, CorruptFile where the file is damaged.
-    """
+    Raises MissingData where the folder is missing or not complete, CorruptFile where the file is damaged."""
     if not (folder / "dataset.json").exists():
         how = f"python -m silalib data {folder.name} --from DIR makes it of the images below DIR, see data/README.md"
         raise MissingData(f"{folder} is not prepared: {how}")
@@ -29,20 +25,16 @@ def describe(folder):
 
 
 def open_arrays(folder):
-    """The four arrays in the order of FILES, the images memory-mapped, and the checksum of their content.
-
-    The content is verified unless the files have the sizes and times of the last verification.
-    """
-
+    """The four arrays in the order of FILES, the images memory-mapped, and the checksum of their verified content."""
     description = describe(folder)
     if not (folder / VERIFIED).exists() or (folder / VERIFIED).read_bytes() != to_json(stamp(folder)):
         verify(folder)
     arrays = []
-    try:
-        for name in FILES:
+    for name in FILES:
+        try:
             arrays.append(np.load(folder / name, mmap_mode=None if "labels" in name else "r"))
-    except (OSError, ValueError, EOFError):
-        raise CorruptFile(folder / name, AGAIN) from None
+        except (OSError, ValueError, EOFError):
+            raise CorruptFile(folder / name, AGAIN) from None
     largest = len(description["classes"]) - 1
     if any(len(labels) and not 0 <= labels.min() <= labels.max() <= largest for labels in arrays[1::2]):
         raise UserError(f"{folder} has labels outside of 0 to {largest}: prepare it again")

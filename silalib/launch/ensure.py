@@ -1,7 +1,11 @@
 """Records of runs: finished ones are loaded, unfinished resumed, missing trained."""
 
+import math
+import os
 import sys
 import time
+from contextlib import closing
+from functools import partial
 
 import torch
 
@@ -10,40 +14,28 @@ from ..errors import CorruptFile, MissingData, Stopped, UserError
 from ..files import results_folder
 from ..run import Run
 from ..training import execution, provenance
-from . import ray_cluster, torchrun
+from . import torchrun
 from .estimate import cost
 from .processes import cpu_cores, interruptible
 from .progress import Progress
-from .workers import Job, Schedule, in_this_process, in_workers, unlike
+from .ray_cluster import in_cluster
+from .workers import UNLIKE, Job, Schedule, in_this_process, in_workers
 
 
 def ensure(
-    runs,
-    profile="quick",
-    device="auto",
-    workers=None,
-    train=True,
-    budget=None,
-    only_whole=False,
-    retry=False,
-    backend="local",
-    ray_address=None,
-    gpus_per_run=None,
-    graphs=True,
-):
+    runs, profile="quick", device="auto", workers=None, train=True, budget=None, only_whole=False, retry=False,
+    backend="local", ray_address=None, gpus_per_run=None, graphs=True,
+):  # fmt: skip
     """Records of the runs, as a dict in their order: finished ones are loaded, unfinished resumed, missing trained.
 
     A run with a damaged record is trained again; the damaged file becomes *.corrupt.
     profile: the folder under results/ for new records. device: "auto", "cpu", "cuda" or "cuda:1".
-    workers: runs trained at once, by default one per CPU core on a CPU (one thread each) and one on each GPU; more
-    share the GPUs in turn.
+    workers: runs trained at once, by default one per CPU core (one thread each) or GPU; more share the GPUs in turn.
     train: False only loads; a run without a record, or with a damaged one, is then left out of the dict.
     budget: seconds after which training stops cleanly; only_whole gives a run up, with a checkpoint, as soon as its
-    measured speed says that its training would not end in them.
-    retry: train runs again that failed before.
-    backend: "local", or "ray" to submit the runs to a Ray cluster, at ray_address or as `ray_cluster.Ray` finds it;
-    gpus_per_run: of its GPUs for each run, 1 by default; a fraction such as 0.5 shares one. workers is then how many
-    runs are under way at once, by default as many as fit.
+    measured speed says that its training would not end in them. retry: train runs again that failed before.
+    backend: "local", or "ray" for a Ray cluster, at ray_address or as `in_cluster` finds it, with gpus_per_run of its
+    GPUs, 1 by default, 0.5 to share one; workers is then how many runs are under way, by default as many as fit.
     graphs: whether a GPU may replay steps as CUDA graphs; a run whose graph cannot be captured is done without.
     Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
     """
@@ -53,16 +45,11 @@ def ensure(
         raise UserError("ensure() takes a list of runs: ensure([run])")
     if train:
         check_settings(runs, workers, budget, backend, ray_address, gpus_per_run)
-        ray = ray_cluster.Ray(ray_address, gpus_per_run) if backend == "ray" else None
-        if ray:
-            ray_cluster.installed()
-        else:
-            execution.pick_device(device)
+        ray = partial(in_cluster, address=ray_address, gpus_per_run=gpus_per_run) if backend == "ray" else None
         pending = [run for run in runs if records.find(run) is None or isinstance(records.damage(run), CorruptFile)]
-        if pending:
-            train_all(pending, profile, device, workers, budget, only_whole, retry, ray, graphs)
+        train_all(pending, profile, device, workers, budget, only_whole, retry, ray, graphs)
     found = {}
-    for run in [run for run in runs if records.find(run) is not None]:
+    for run in filter(records.find, runs):
         try:
             found[run] = records.load(run)
         except UserError as error:
@@ -73,33 +60,35 @@ def ensure(
 
 
 def check_settings(runs, workers, budget, backend, ray_address, gpus_per_run):
-    number = lambda value: isinstance(value, (int, float))
-    for name, value, fine, what in [
-        ("workers", workers, isinstance(workers, int) and workers >= 1, "a whole number from 1"),
-        ("budget", budget, number(budget) and budget > 0, "a number of seconds above 0"),
-        ("gpus_per_run", gpus_per_run, number(gpus_per_run) and gpus_per_run >= 0, "a number from 0"),
+    for name, value, kind, least, what in [
+        ("workers", workers, int, 1, "a whole number from 1"),
+        ("budget", budget, (int, float), 1e-9, "a number of seconds above 0"),
+        ("gpus_per_run", gpus_per_run, (int, float), 0, "a number from 0"),
     ]:
-        if value is not None and not fine:
+        if value is not None and not (isinstance(value, kind) and value >= least):
             raise UserError(f"{name} must be {what}, or None, not {value!r}")
     if backend not in ("local", "ray"):
         raise UserError(f"unknown backend {backend!r}: use local or ray")
     if backend == "local" and (ray_address is not None or gpus_per_run is not None):
         raise UserError("ray_address and gpus_per_run belong to the backend ray")
-    if torchrun.size() > 1 and (workers or backend == "ray"):
+    size = torchrun.size()
+    if size > 1 and (workers or backend == "ray"):
         raise UserError("torchrun's processes train the runs together: leave out --workers and --backend ray")
-    most = max((len(run.nets) for run in runs), default=1)
-    if runs and torchrun.size() > most:
+    if size > (most := max((len(run.nets) for run in runs), default=size)):
         more = f"no run here has more than {most} network{'s' if most > 1 else ''}: use --nproc-per-node {most}"
-        raise UserError(f"torchrun started {torchrun.size()} processes, but {more}")
+        raise UserError(f"torchrun started {size} processes, but {more}")
 
 
-def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=None, graphs=True, train_by=None):
-    """Train the pending runs of a profile; see `ensure`, `ray_cluster.Ray` and `workers.Job` for the arguments.
+def train_all(
+    pending, profile, device="auto", workers=None, budget=None, only_whole=False, retry=False, ray=None, graphs=True,
+    train_by=None,
+):  # fmt: skip
+    """Train the pending runs of a profile; see `ensure` and `workers.Job`; ray trains what waits in a Schedule.
 
     A run that fails, whose data are missing, or whose block is of another kind of device, does not keep the others from
     training; that is raised at the end. Runs on data that must be prepared are left out, and one line says so.
     """
-    missing = {}
+    place, missing, refusal = None if ray else execution.pick_device(device), {}, None
     for name in dict.fromkeys(run.dataset for run in pending):
         try:
             data.download(name)
@@ -108,29 +97,23 @@ def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=
     folder = results_folder(profile) / "runs"
     here = in_turns([run for run in pending if run.dataset not in missing], profile)
     alike = trained_alike(here, profile, folder)
-    place, refusal = None if ray else execution.pick_device(device), None
     if refused := [run for run in here if place and alike[run][0] not in (None, place.type)]:
-        refusal = f"{len(refused)} of {len(pending)} runs are refused on {place.type}: {unlike(alike[refused[0]][0])}"
+        why = UNLIKE.format(alike[refused[0]][0])
+        refusal = f"{len(refused)} of {len(pending)} runs are refused on {place.type}: {why}"
         print(refusal, file=sys.stderr, flush=True)
         here = [run for run in here if run not in refused]
     workers, threads = (workers, 1) if ray else share(place, workers, len(here))
-    deadline, begun = budget and time.time() + budget, {run.key: alike[run] for run in here}
-    job = Job(folder, device, threads, deadline, only_whole, retry, begun, graphs, train_by)
+    job = Job(folder, device, threads, time.time() + (budget or math.inf), only_whole, retry, alike, graphs, train_by)
     outcomes = {}
     if here:
         progress = Progress({run: cost(run) for run in here})
-        try:
-            with interruptible() as stopped:
-                schedule = Schedule(here, job, stopped, progress)
-                (ray or (in_this_process if workers == 1 else in_workers))(schedule, workers)
-                outcomes = schedule.outcomes
-        finally:
-            progress.close()
-    failed = [e for e in outcomes.values() if isinstance(e, Exception) and not isinstance(e, Stopped)]
-    left = [run for run in here if isinstance(outcomes.get(run, Stopped()), Stopped)]
-    if failed:
+        with closing(progress.bar), interruptible() as stopped:
+            schedule = Schedule(here, job, stopped, progress)
+            (ray or (in_this_process if workers == 1 else in_workers))(schedule, workers)
+            outcomes = schedule.outcomes
+    if failed := [e for e in outcomes.values() if isinstance(e, Exception) and not isinstance(e, Stopped)]:
         raise UserError(f"{len(failed)} of {len(pending)} runs failed, the first: {failed[0]}")
-    if left:
+    if left := [run for run in here if isinstance(outcomes.get(run, Stopped()), Stopped)]:
         raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
     if refusal:
         raise UserError(refusal)
@@ -142,30 +125,23 @@ def train_all(pending, profile, device, workers, budget, only_whole, retry, ray=
 
 
 def in_turns(runs, profile):
-    """The runs in the turns of `experiments.turns`, in each the longest first, so that no worker ends with a long one.
-
-    What no profile plans comes last.
-    """
+    """The runs in the turns of `experiments.turns`, what no profile plans last; in each the longest first."""
     turns = experiments.turns(profile)
     return sorted(runs, key=lambda run: (turns.get(run, (99, 0)), -cost(run)))
 
 
 def share(place, workers, runs):
-    """(how many of so many runs are trained at once, threads of each): by default a core, or a GPU that is meant, each.
-
-    torchrun's processes train one run at a time, and share the cores of their machine.
-    """
-    cpu, together = place.type == "cpu", torchrun.size() > 1
+    """(how many of so many runs are trained at once, threads of each): by default each has a core, or a GPU meant."""
+    cpu, together = place.type == "cpu", torchrun.size() > 1  # torchrun's processes share the cores of their machine
     own = cpu_cores() if cpu else torch.cuda.device_count() if place.index is None else 1
-    beside = torchrun.local_size() if together else workers or own
+    beside = int(os.environ["LOCAL_WORLD_SIZE"]) if together else workers or own
     return 1 if together else min(beside, runs), max(1, cpu_cores() // beside) if cpu else 1
 
 
 def trained_alike(pending, profile, folder):
     """Run -> how its block was begun (`experiments.block`): (kind of device or None, whether in bfloat16 or None).
 
-    The first record of the block decides, or without one a checkpoint. None where they do not tell: nothing is
-    trained, or networks alone that are in float32 everywhere, or no profile plans the run.
+    The first record of the block decides, or without one a checkpoint; None where they do not tell.
     """
     alike = dict.fromkeys(pending, (None, None))
     for dataset, seed in dict.fromkeys((run.dataset, run.seed) for run in pending):

@@ -13,22 +13,21 @@ from ..training import execution, provenance, trainer
 
 
 def seconds_left(left, records):
-    """Run -> about how long its training takes on this machine, from `left`: CPU seconds, on a GPU seconds.
+    """Run of `left` -> about how long its training takes on this machine: CPU seconds, on a GPU seconds.
 
     From the records of the same networks that were trained on this kind of machine; without one, a step is timed.
     """
-    device = execution.pick_device("auto")
-    gpu, seconds, units = device.type == "cuda", Counter(), Counter()
+    device, seconds, units = execution.pick_device("auto"), Counter(), Counter()
+    gpu = device.type == "cuda"
     for run, record in records.items():
         origin = record.result["provenance"]
         if provenance.device_kind(origin) == device.type and (gpu or origin.get("amx") == execution.amx()):
             seconds[run.nets[0]] += origin.get("seconds" if gpu else "cpu_seconds", 0)
             units[run.nets[0]] += cost(run)
-    per_unit = {net: seconds[net] / units[net] for net in seconds if seconds[net]}
     for run in left:
-        if run.nets[0] not in per_unit:
-            per_unit[run.nets[0]] = timed_step(run, device)
-    return {run: cost(run) * per_unit[run.nets[0]] for run in left}
+        if not seconds[run.nets[0]]:
+            seconds[run.nets[0]], units[run.nets[0]] = timed_step(run, device), 1
+    return {run: cost(run) * seconds[run.nets[0]] / units[run.nets[0]] for run in left}
 
 
 def timed_step(run, device, images=32):
@@ -45,23 +44,19 @@ def timed_step(run, device, images=32):
             sum(head.float().logsumexp(1).mean() for head in (z if isinstance(z, tuple) else (z,))).backward()
             sum(p.grad.sum() for p in net.parameters()).item()  # waits for a GPU
             times.append(clock() - began)
-    return min(times) / (3 * images * forward_macs(alone(run, 0)))
+    return min(times) / (3 * images * forward_macs(run.dataset, run.nets[0], run.width, run.stem, run.blocks))
 
 
 @cache
 def cost(run):
     """Relative cost of a run: multiply-accumulates of its training and of the test set after each epoch."""
     spec = data.dataset(run.dataset)
-    forward = sum(forward_macs(alone(run, slot)) for slot in range(len(run.nets)))
+    forward = sum(forward_macs(run.dataset, net, run.width, run.stem, run.blocks) for net in run.nets)
     return run.epochs * forward * (3 * (run.train_size or spec.train) + spec.test)
 
 
-def alone(run, slot):
-    """A run of one network: what its size depends on, and nothing else."""
-    return Run(run.dataset, run.nets[slot], "ind", width=run.width, stem=run.stem, blocks=run.blocks)
-
-
 @cache
-def forward_macs(run):
-    """Multiply-accumulates for one image of a run's first network; runs share theirs, which takes a while to build."""
-    return count_macs(trainer.build(run, 0), data.dataset(run.dataset).image)
+def forward_macs(dataset, net, width, stem, blocks):
+    """Multiply-accumulates of a network for one image; runs share theirs, as it takes a while to build one."""
+    run = Run(dataset, net, "ind", width=width, stem=stem, blocks=blocks)
+    return count_macs(trainer.build(run, 0), data.dataset(dataset).image)

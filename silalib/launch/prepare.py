@@ -1,18 +1,8 @@
-"""Prepare any folder of images as a data set: decoded once, in parallel, into memory-mapped arrays.
+"""Prepare a folder of images, train/<class>/* and val/<class>/*, as a data set: decoded once, into uint8 arrays.
 
-A tree train/<class>/*, val/<class>/* becomes a folder with train.npy and test.npy, uint8 (n, H, W, 3), their labels,
-and dataset.json, which is written last and marks it as complete. Until then the folder shards/ in it holds
-
-    plan.json        what is prepared; a start with another plan is refused
-    train-00012.npy  some decoded images, written atomically: done if none is missing
-    skipped.json     the broken images that are left out, once all are decoded; from then on nothing is decoded
-
-In the end each shard is copied to its place in the array, flushed to the disk and removed; one that is still there is
-copied to the same place again. So the next start resumes after a kill or a full disk at any moment and ends with the
-same bytes, and the disk needs room for one shard more than the result.
-
-Pillow decodes, with its bilinear filter, which averages over all source pixels where it makes an image smaller. It
-works without Python's lock, so threads decode, and there are no processes to start, to stop and to outlive.
+Until dataset.json marks them as complete, shards/ holds plan.json, decoded images and, once all are decoded,
+skipped.json. Then each shard is copied to its place in the array, flushed and only then removed: a start after any
+interruption ends with the same bytes, and the disk needs room for one shard more than the result.
 """
 
 import os
@@ -20,7 +10,7 @@ import re
 import shutil
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,33 +22,93 @@ from tqdm import tqdm
 from ..data import DATASETS, data_folder, load
 from ..data.prepared import FILES, checksums, describe, verify
 from ..errors import CorruptFile, MissingData, Stopped, UserError
-from ..files import quarantine, read_sealed, to_npy, write_atomically, write_sealed
-from .listing import list_images
-from .processes import cpu_cores, interruptible
+from ..files import quarantine, read_sealed, sha256, to_npy, write_atomically, write_sealed
+from .processes import cpu_cores, finished, interruptible
 
-CHUNK = 128
-"""Images in a shard: what a thread decodes at once, and what an interruption costs."""
+IMAGE = re.compile(r"[^.].*\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)", re.IGNORECASE | re.DOTALL)
+
+
+def list_images(source, first=None):
+    """(names of the classes, {"train", "test"} -> [(path below `source`, number of its class), ...]).
+
+    val/ may also hold the images themselves where ImageNet's `ground_truth` is found.
+    first: only so many classes, the first WordNet ids. Raises UserError for a folder of another form.
+    """
+    train, val = source / "train", source / "val"
+    for folder in (source, train, val):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: give the one that holds train/ and val/")
+    below = lambda folder: sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    classes, in_val = below(train), below(val)
+    if not classes:
+        raise UserError(f"{train} has no folders: it needs one for each class")
+    if first:
+        classes = [name for name in classes if re.fullmatch(r"n\d{8}", name)][:first]
+        if len(classes) < first:
+            raise UserError(f"{train} has {len(classes)} class folders such as n01440764: {first} are needed")
+    elif unknown := sorted(set(in_val) - set(classes)):
+        raise UserError(f"{val / unknown[0]} is of a class that {train} does not have")
+    images = {"train": _in_folders(train, classes), "test": (_in_folders if in_val else _flat)(val, classes)}
+    for folder, rows in zip((train, val), images.values()):
+        if lacking := set(range(len(classes))) - {label for _, label in rows}:
+            raise UserError(f"class {classes[min(lacking)]} has no images in {folder}")
+    return classes, images
+
+
+def _in_folders(folder, classes):
+    """The images in the folders of the classes and in folders below, sorted in each class."""
+    rows = []
+    for label, name in enumerate(classes):
+        found = [Path(where, file) for where, _, files in os.walk(folder / name) for file in files]
+        found = [path.relative_to(folder.parent).as_posix() for path in found if IMAGE.fullmatch(path.name)]
+        rows += [(path, label) for path in sorted(found)]
+    return rows
+
+
+def _flat(val, classes):
+    """The images of a val/ without class folders, sorted by class."""
+    truth, rows = ground_truth(val), []
+    for name in filter(IMAGE.fullmatch, sorted(os.listdir(val))):
+        if Path(name).stem not in truth:
+            raise UserError(f"{val / name} is not in ImageNet's ground truth")
+        rows.append((f"val/{name}", truth[Path(name).stem]))
+    return [(path, label) for label, name in enumerate(classes) for path, truly in rows if truly == name]
+
+
+def ground_truth(val):
+    """Names of ImageNet's images in val/, without .JPEG -> WordNet ids, by a devkit or Kaggle's table near it."""
+    for base in (val.parent, *val.parent.resolve().parents[:3]):
+        if (solution := base / "LOC_val_solution.csv").is_file():
+            rows = [line.split(",") for line in solution.read_text().splitlines()[1:]]
+            return {image: prediction.split()[0] for image, prediction in rows}
+        for devkit in ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data", "."):
+            numbers, meta = (base / devkit / n for n in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
+            if numbers.is_file() and meta.is_file():
+                from scipy.io import loadmat
+
+                ids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in loadmat(meta, squeeze_me=True)["synsets"]}
+                lines = numbers.read_text().split()
+                return {f"ILSVRC2012_val_{i:08d}": ids[int(line)] for i, line in enumerate(lines, 1)}
+    needed = f"put ILSVRC2012_devkit_t12/ (unpacked) or LOC_val_solution.csv into {val.parent}"
+    raise UserError(f"{val} has no class folders: {needed}, so that its images can be told apart")
 
 
 def decode(path, size, square=None):
-    """The image as uint8 RGB (size, size, 3).
+    """The image as uint8 RGB (size, size, 3): resized with Pillow's bilinear filter, then its centre; no transparency.
 
-    square: resized to (square, square) first, whatever its shape; by default the shorter side is resized to `size`,
-    which leaves an image of that size untouched. Then the centre is cut out. Transparency is dropped.
+    square: resized to (square, square), whatever its shape; by default the shorter side is resized to `size`.
     """
     with Image.open(path) as image:
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         image = image.convert("RGB")
-    width, height = image.size
-    shorter = min(width, height)
-    target = (square, square) if square else (size * width // shorter, size * height // shorter)
+    target = (square, square) if square else [size * side // min(image.size) for side in image.size]
     image = image.resize(target, Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in target)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=CHUNK):
+def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128):
     """Make the data set `name` of the images in the folder `source`, or resume where an interrupted call ended.
 
     "imagenet100" takes the first hundred classes of an ImageNet at 224 pixels: resized to 256x256, the centre cut out.
@@ -76,17 +126,15 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=CHUN
     elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise UserError(f"{name!r} is no name for a data set: use letters, digits, '.', '_' and '-'")
     source, folder = Path(source), data_folder() / name
-    try:
-        listing = list_images(source, first)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or source}: {error.strerror or error}") from None
-    plan = {"listing": listing.checksum, "size": size, "square": square}
+    classes, images = list_images(source, first)
+    listing = "\n".join([*classes, *(f"{label}\t{path}" for rows in images.values() for path, label in rows)])
+    plan = {"listing": sha256(listing.encode(errors="surrogateescape")), "size": size, "square": square}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             if not _complete(folder, plan):
-                shards, skipped = _decode_all(listing, source, folder, plan, chunk, skip_broken, workers)
-                _finish(listing, folder, plan, title, shards, skipped)
+                shards, skipped = _decode_all(images, source, folder, plan, chunk, skip_broken, workers)
+                _finish(folder, {"title": title, "classes": classes}, plan, shards, skipped)
             shutil.rmtree(folder / "shards", ignore_errors=True)
     except Timeout:
         raise UserError(f"another process is preparing {folder}") from None
@@ -101,130 +149,109 @@ def _complete(folder, plan):
         if describe(folder)["plan"] != plan:
             raise UserError(f"{folder} was prepared from other files or at another size: delete it, or change --name")
         verify(folder)
+        return True
     except MissingData:
         return False
     except CorruptFile as error:
         print(f"{quarantine(error, 'dataset.json')}: all is decoded again", file=sys.stderr)
         shutil.rmtree(folder / "shards", ignore_errors=True)
         return False
-    return True
 
 
-def _decode_all(listing, source, folder, plan, chunk, skip_broken, workers):
-    """Decode what is left. Returns the shards, {"train", "test"} -> {file: its paths}, and the paths to leave out."""
-    shards, anew, begun = folder / "shards", f"delete {folder} to start anew", plan | {"chunk": chunk}
-    shards.mkdir(exist_ok=True)
-    if not (shards / "plan.json").exists():
+def _decode_all(images, source, folder, plan, chunk, skip_broken, workers):
+    """Decode what is left. Returns the shards, {"train", "test"} -> {file: its images}, and the paths to leave out."""
+    place, anew, begun = folder / "shards", f"delete {folder} to start anew", plan | {"chunk": chunk}
+    place.mkdir(exist_ok=True)
+    if not (place / "plan.json").exists():
         for name in FILES:  # left behind by a description that is gone or damaged
             (folder / name).unlink(missing_ok=True)
-        write_sealed(shards / "plan.json", begun)
-    if read_sealed(shards / "plan.json", anew) != begun:
+        write_sealed(place / "plan.json", begun)
+    if read_sealed(place / "plan.json", anew) != begun:
         raise UserError(f"{folder} is half prepared from other files or at another size: {anew}")
-    files = {
-        split: {shards / f"{split}-{i // chunk:05d}.npy": paths[i : i + chunk] for i in range(0, len(paths), chunk)}
-        for split, paths in listing.paths.items()
+    shards = {
+        split: {place / f"{split}-{i // chunk:05d}.npy": rows[i : i + chunk] for i in range(0, len(rows), chunk)}
+        for split, rows in images.items()
     }
-    if not (shards / "skipped.json").exists():
-        broken = _decode_missing(files["train"] | files["test"], source, plan, workers)
-        skipped = [path for paths in listing.paths.values() for path in paths if path in broken]
+    if not (place / "skipped.json").exists():
+        broken = _decode_missing(shards["train"] | shards["test"], source, plan, workers)
+        paths = [[path for path, _ in rows] for rows in images.values()]
+        skipped = [path for some in paths for path in some if path in broken]
         for path in skipped:
             print(f"broken: {source / path}: {broken[path]}", file=sys.stderr)
         if skipped and not skip_broken:
-            total = sum(map(len, listing.paths.values()))
             how = "mend them and start again, or leave them out with --skip-broken; the others are decoded"
-            raise UserError(f"{len(skipped)} of {total} images are broken: {how}")
-        if any(broken.keys() >= set(paths) for paths in listing.paths.values()):
+            raise UserError(f"{len(skipped)} of {sum(map(len, paths))} images are broken: {how}")
+        if any(broken.keys() >= set(some) for some in paths):
             raise UserError(f"{source} has no image that can be decoded in train/ or in val/")
-        write_sealed(shards / "skipped.json", skipped)
-    return files, read_sealed(shards / "skipped.json", anew)
+        write_sealed(place / "skipped.json", skipped)
+    return shards, read_sealed(place / "skipped.json", anew)
 
 
-def _decode_missing(files, source, plan, workers):
-    """Decode the shards that do not have all of their images. Returns {path: error} of the broken ones."""
-    missing = {file: paths for file, paths in files.items() if _length(file) < len(paths)}
-    total, left = (sum(map(len, some.values())) for some in (files, missing))
-    first = next(iter(files))  # no shard is larger, and the disk needs room for one more than the result
-    needed, free = (left + len(files[first])) * 3 * plan["size"] ** 2, shutil.disk_usage(first.parent).free
+def _decode_missing(shards, source, plan, workers):
+    """Decode the shards (file -> its images) that are not whole. Returns {path: error} of the broken images."""
+    missing, broken = {file: rows for file, rows in shards.items() if len(_read(file)) < len(rows)}, {}
+    total, left = (sum(map(len, some.values())) for some in (shards, missing))
+    first = next(iter(shards))  # no shard is larger
+    needed, free = (left + len(shards[first])) * 3 * plan["size"] ** 2, shutil.disk_usage(first.parent).free
     if left and needed > free:
-        raise UserError(
-            f"{first.parents[1]} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room, or set "
-            "SILALIB_DATA to a folder on a larger disk"
-        )
+        room = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        raise UserError(f"{first.parents[1]} {room}: make room, or set SILALIB_DATA to a folder on a larger disk")
     with (
         tqdm(total=total, initial=total - left, unit=" images", disable=None) as bar,
         warnings.catch_warnings(action="ignore"),
         interruptible() as stopped,
-        ThreadPoolExecutor(workers or cpu_cores()) as pool,
+        ThreadPoolExecutor(workers or cpu_cores()) as pool,  # Pillow decodes without Python's lock
     ):
         futures = {pool.submit(_decode_shard, *item, source, plan): len(item[1]) for item in missing.items()}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(futures[future])
-                if stopped.is_set():
-                    break
-        finally:
-            pool.shutdown(cancel_futures=True)
-    if left := sum(n for future, n in futures.items() if future.cancelled()):
+        for future, n in finished(futures, stopped):
+            broken |= future.result()
+            bar.update(n)
+            left -= n
+    if left:
         raise Stopped(f"stopped with {left} of {total} images left; start again to go on")
-    return {path: error for future in futures for path, error in future.result().items()}
-
-
-def _length(shard):
-    """How many images a shard holds, -1 where it is missing or damaged."""
-    try:
-        return len(np.load(shard, mmap_mode="r"))
-    except (OSError, ValueError, EOFError):
-        return -1
-
-
-def _decode_shard(shard, paths, source, plan):
-    """Write the images that can be decoded to the file `shard`. Returns {path: error} of the others."""
-    pixels, n, broken = np.empty((len(paths), plan["size"], plan["size"], 3), np.uint8), 0, {}
-    for path in paths:
-        try:
-            pixels[n] = decode(source / path, plan["size"], plan["square"])
-            n += 1
-        except Exception as error:  # Pillow raises many kinds for a damaged file
-            broken[path] = (str(error) or repr(error)).splitlines()[0]
-    write_atomically(shard, to_npy(pixels[:n]))
     return broken
 
 
-def _finish(listing, folder, plan, title, shards, skipped):
-    """Move the shards into the arrays, write labels and checksums, and last the description."""
-    counts, size, gone = {}, plan["size"], set(skipped)
-    for split, paths in listing.paths.items():
-        labels = [label for path, label in zip(paths, listing.labels[split]) if path not in gone]
+def _read(shard):
+    """The images of a shard; none where it is missing or damaged."""
+    try:
+        return np.load(shard, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return np.empty(0, np.uint8)
+
+
+def _decode_shard(shard, rows, source, plan):
+    """Write the images that can be decoded to the file `shard`. Returns {path: error} of the others."""
+    pixels, broken = [], {}
+    for path, _ in rows:
+        try:
+            pixels.append(decode(source / path, plan["size"], plan["square"]))
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            broken[path] = (str(error) or repr(error)).splitlines()[0]
+    write_atomically(shard, to_npy(np.array(pixels, np.uint8)))
+    return broken
+
+
+def _finish(folder, names, plan, shards, skipped):
+    """Copy the shards to their places in the arrays, write labels and checksums, and last the description."""
+    gone, image, counts = set(skipped), (plan["size"], plan["size"], 3), {}
+    for split, files in shards.items():
+        kept = {file: [label for path, label in rows if path not in gone] for file, rows in files.items()}
+        labels, array = np.concatenate(list(kept.values())).astype(np.int64), folder / f"{split}.npy"
+        mode = "w+" if next(iter(kept)).exists() else "r+"  # the first is removed when the array is begun
+        offset = np.lib.format.open_memmap(array, mode, np.uint8, (len(labels), *image)).offset
+        with open(array, "r+b") as file:  # not through the memory map, where a full disk kills the process
+            for shard, own in kept.items():
+                if shard.exists():
+                    if len(pixels := _read(shard)) != len(own):
+                        raise CorruptFile(shard, f"delete {folder} to start anew")
+                    file.seek(offset)
+                    file.write(pixels.data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    shard.unlink()
+                offset += len(own) * int(np.prod(image))
+        write_atomically(folder / f"{split}_labels.npy", to_npy(labels))
         counts[split] = len(labels)
-        lengths = {file: sum(path not in gone for path in paths) for file, paths in shards[split].items()}
-        _move(lengths, folder / f"{split}.npy", (len(labels), size, size, 3))
-        write_atomically(folder / f"{split}_labels.npy", to_npy(np.array(labels, np.int64)))
-    description = {
-        "title": title,
-        "classes": listing.classes,
-        "image": [3, size, size],
-        **counts,
-        "skipped": skipped,
-        "plan": plan,
-        "decoder": f"Pillow {PIL.__version__}",
-        "files": checksums(folder),
-    }
-    write_sealed(folder / "dataset.json", description)
-
-
-def _move(lengths, array, shape):
-    """Copy the shards (file -> number of images) into the file `array` of uint8 `shape`; each is removed after that."""
-    mode = "w+" if next(iter(lengths)).exists() else "r+"  # the first is removed when the array is begun
-    offset = np.lib.format.open_memmap(array, mode, np.uint8, shape).offset
-    with open(array, "r+b") as file:  # not through the memory map, where a full disk kills the process
-        for shard, length in lengths.items():
-            if shard.exists():
-                if _length(shard) != length:
-                    raise CorruptFile(shard, f"delete {array.parent} to start anew")
-                file.seek(offset)
-                file.write(np.load(shard).data)
-                file.flush()
-                os.fsync(file.fileno())
-                shard.unlink()
-            offset += length * shape[1] * shape[2] * shape[3]
+    made = {"skipped": skipped, "plan": plan, "decoder": f"Pillow {PIL.__version__}", "files": checksums(folder)}
+    write_sealed(folder / "dataset.json", names | {"image": [3, *image[:2]]} | counts | made)

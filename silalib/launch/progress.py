@@ -4,21 +4,19 @@ import os
 import sys
 import time
 
-HEARTBEAT_SECONDS = 30
-"""How often a log file hears of runs that have not ended."""
+HEARTBEAT_SECONDS = 30  # how often a log file hears of runs that have not ended
 
 
 def duration(seconds):
     """12 s, 3 min 05 s, 2 h 07 min, 5 days, 4 years."""
-    seconds = round(seconds)
+    seconds, days = round(seconds), round(seconds / 86400)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     if seconds < 48 * 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    days = seconds / 86400
-    return f"{round(days)} days" if days < 2 * 365 else f"{round(days / 365)} years"
+    return f"{days} days" if days < 2 * 365 else f"{round(days / 365)} years"
 
 
 def numbers(values):
@@ -26,26 +24,20 @@ def numbers(values):
 
 
 class Progress:
-    """Follows runs weighted by their cost, so that the time left is an estimate and not a count of runs.
-
-    costs: dict run -> relative cost. Messages are those of `trainer.train`.
-    """
+    """Follows runs by the messages of `trainer.train`; costs, run -> relative cost, weigh them in the time left."""
 
     def __init__(self, costs, clock=time.monotonic):
-        self.costs, self.total, self.clock = costs, sum(costs.values()), clock
-        self.share, self.at_start = (
-            dict.fromkeys(costs, 0.0),
-            {},
-        )  # of each run, from 0 to 1; of a resumed one, at first
-        self.accuracy = {}  # of each run, after its last epoch
-        self.started = self.last_line = clock()
-        self.ended, self.bar = 0, None
-        self.notebook = hasattr(sys.modules.get("ipykernel"), "kernelapp")  # whether this is a Jupyter kernel
-        if (self.notebook or sys.stderr.isatty()) and not os.environ.get("TQDM_DISABLE"):
-            from tqdm.auto import tqdm
+        from tqdm.auto import tqdm
 
-            bar = "{bar}" if self.notebook else "{bar:10}"  # a terminal's would shrink to nothing beside the text
-            self.bar = tqdm(total=100, bar_format=f"{{percentage:3.0f}}%|{bar}| {{elapsed}}{{postfix}}", leave=False)
+        self.costs, self.clock = costs, clock
+        self.share, self.at_start = dict.fromkeys(costs, 0.0), {}  # of each run, from 0 to 1; of a resumed one at first
+        self.accuracy, self.ended = {}, 0  # of each run after its last epoch; how many have ended
+        self.started = self.last_line = clock()
+        self.notebook = hasattr(sys.modules.get("ipykernel"), "kernelapp")  # whether this is a Jupyter kernel
+        hidden = not (self.notebook or sys.stderr.isatty()) or bool(os.environ.get("TQDM_DISABLE"))
+        bar = "{bar}" if self.notebook else "{bar:10}"  # a terminal's would shrink to nothing beside the text
+        bar = f"{{percentage:3.0f}}%|{bar}| {{elapsed}}{{postfix}}"
+        self.bar = tqdm(total=100, bar_format=bar, leave=False, disable=hidden)
 
     def message(self, run, text=None, step=0, total=1, top1=None, resumed=False, final=None):
         """One message of a run in progress."""
@@ -61,7 +53,7 @@ class Progress:
             self.accuracy[run] = f", top-1 {numbers(top1)}"
         doing = final or epochs + self.accuracy.get(run, "")
         status = f"{self.ended}/{len(self.costs)} runs, {self.left()}{doing} | {run}"  # a terminal cuts off its end
-        if self.bar is not None:
+        if not self.bar.disable:
             self.bar.n = 100 * self.weighted(self.share)
             self.bar.set_postfix_str(status)
         elif self.clock() - self.last_line > HEARTBEAT_SECONDS:
@@ -71,11 +63,11 @@ class Progress:
         """A run has ended: `outcome` is its accuracy, or why there is none."""
         self.share[run] = 1.0
         self.ended += 1
-        left = self.left() if self.bar is None else ""  # which the bar shows, and a line should fit a terminal
+        left = self.left() if self.bar.disable else ""  # the bar shows it, and a line should fit a terminal
         self.line(f"{self.ended}/{len(self.costs)} runs, {left}{run}: {outcome}")
 
     def weighted(self, shares):
-        return sum(share * self.costs[run] for run, share in shares.items()) / self.total
+        return sum(share * self.costs[run] for run, share in shares.items()) / sum(self.costs.values())
 
     def left(self):
         """Time left, from what was trained since the start."""
@@ -87,11 +79,5 @@ class Progress:
 
     def line(self, text):
         self.last_line = self.clock()
-        if self.bar is not None:
-            self.bar.write(text, file=None if self.notebook else sys.stderr)  # where a notebook shows it as an error
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
+        standard = self.notebook and not self.bar.disable  # a notebook shows standard error as an error
+        self.bar.write(text, file=sys.stdout if standard else sys.stderr)

@@ -1,8 +1,7 @@
-"""Runs over the machines of a Ray cluster: each run is a task, resubmitted when its worker or machine dies.
+"""Runs over the machines of a Ray cluster: each is a task, resubmitted when its worker or machine dies.
 
-A task returns (result, files), and the driver, which holds the run's lock meanwhile, writes the record. Checkpoints lie
-in the results folder where the worker sees it, so that a resubmitted run resumes from there; else in a scratch folder
-of the worker, from which those of a stopped run come back.
+The driver holds a run's lock and writes its record. Checkpoints lie in the results folder where the worker sees it,
+so that a resubmitted run resumes; else in a scratch folder of the worker, from which those of a stopped run come back.
 """
 
 import os
@@ -11,8 +10,7 @@ import socket
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,132 +20,114 @@ from ..errors import Stopped, UserError
 from ..files import write_atomically
 from ..training import execution, trainer
 from ..training.checkpoint import CHECKPOINTS
-from .workers import attempt, in_pool, unlike
+from .workers import UNLIKE, attempt, in_pool
 
-RETRIES = 3
-"""After a worker or node died."""
-LISTEN_SECONDS = 0.5
-"""How often a worker asks whether to stop."""
+RETRIES = 3  # after a worker or node died
+LISTEN_SECONDS = 0.5  # how often a worker asks whether to stop
 
 
-@dataclass(frozen=True)
-class Ray:
-    """Where to submit runs: the address of a Ray cluster, and the GPUs (a fraction is fine) that each run gets.
+def in_cluster(schedule, workers, address=None, gpus_per_run=None, shared=True):
+    """Train what waits in the schedule on a Ray cluster; `workers` runs at a time, or None for all.
 
     address None: the cluster of RAY_ADDRESS or the one started on this machine, else one is started for the time.
-    gpus_per_run None: one where the cluster has GPUs and the device is not the CPU. shared: False where no worker sees
-    the results folder; by default each finds out.
+    gpus_per_run, a fraction is fine: by default one where the cluster has GPUs and the device is not the CPU.
+    shared: False where no worker sees the results folder; by default each finds out.
     """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("Ray is not installed: pip install -c constraints.txt -e '.[cluster]'") from None
+    joined = ray.is_initialized()
+    try:
+        if not joined:
+            join(ray, address)
+        resources, machines = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+        cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+        schedule.progress.line(f"Ray: {machines} machines, {cpus:g} CPU cores, {gpus:g} GPUs")
+        each = (gpus > 0 and schedule.job.device != "cpu") if gpus_per_run is None else gpus_per_run
+        if each > gpus:
+            raise UserError(f"{each:g} GPUs a run, but the cluster has {gpus:g}")
+        submit_all(ray, schedule, workers or len(schedule.waiting), float(each), shared)
+    finally:
+        if not joined:
+            ray.shutdown()
 
-    address: str | None = None
-    gpus_per_run: float | None = None
-    shared: bool = True
 
-    def __call__(self, schedule, workers):
-        """Train what waits in the schedule; `workers` runs at a time, or None for all."""
-        ray = installed()
-        with connected(ray, self.address):
-            resources, job = ray.cluster_resources(), schedule.job
-            cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-            machines = sum(node["Alive"] for node in ray.nodes())
-            schedule.progress.line(f"Ray: {machines} machines, {cpus:g} CPU cores, {gpus:g} GPUs")
-            each = self.gpus_per_run
-            if each is None:
-                each = 1 if gpus and job.device != "cpu" else 0
-            if each > gpus:
-                raise UserError(f"{each:g} GPUs a run, but the cluster has {gpus:g}")
-            self.submit(ray, schedule, workers or len(schedule.waiting), each)
+def join(ray, address):
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if place := re.fullmatch(r"([\w.-]+):(\d+)", address or ""):  # Ray itself would try for minutes
+            socket.create_connection((place[1], int(place[2])), timeout=5).close()
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or ["no answer"])[0]
+        raise UserError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
 
-    def submit(self, ray, schedule, workers, gpus):
-        """A thread of the driver for each run under way does all but the training, and waits for the task that does."""
-        from ray.util.queue import Queue
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        messages, stops = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
-        once = {"max_calls": 1} if gpus else {}  # no process trains on a GPU after another's graph has failed in it
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, **once)(train)
-        data_folder = os.environ.get("SILALIB_DATA") and str(Path(os.environ["SILALIB_DATA"]).absolute())
+def submit_all(ray, schedule, workers, gpus, shared):
+    """A thread of the driver for each run under way does all but the training, and waits for the task that does."""
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        def by_task(run, folder, device, *, stop, progress, **how):
-            lock = (folder / ".lock").stat().st_ino if self.shared else None
-            left = {name: (folder / name).read_bytes() for name in CHECKPOINTS if (folder / name).exists()}
-            place = folder.absolute(), lock, left, data_folder
-            try:
-                result, files = ray.get(task.remote(schedule.job, run, place, device, how, messages, stops))
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
-            except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError):
-                died = f"its worker died {RETRIES + 1} times, maybe out of memory"
-                raise UserError(f"{run}: {died}; start again to go on") from None
-            if isinstance(result, Stopped):
-                for name, content in files.items():
-                    write_atomically(folder / name, content)
-                raise result
-            return result, files
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    messages, stops = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
+    once = {"max_calls": 1} if gpus else {}  # no process trains on a GPU after another's graph has failed in it
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, **once)(train)
+    data_folder = os.environ.get("SILALIB_DATA") and str(Path(os.environ["SILALIB_DATA"]).absolute())
 
-        tell = lambda **message: messages.put(message)
-        with ThreadPoolExecutor(workers) as pool:
-            submit = lambda job, run: pool.submit(
-                attempt, replace(job, train_by=by_task), run, schedule.stopped.is_set, tell
-            )
-            in_pool(schedule, workers, submit, messages, lambda: stops.empty() and stops.put(True))
+    def by_task(run, folder, device, *, stop, progress, **how):
+        lock = (folder / ".lock").stat().st_ino if shared else None
+        place = folder.absolute(), lock, saved_in(folder), data_folder
+        try:
+            result, files = ray.get(task.remote(schedule.job, run, place, device, how, messages, stops))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            died = f"its worker died {RETRIES + 1} times, maybe out of memory ({type(error).__name__})"
+            raise UserError(f"{run}: {died}; start again to go on") from None
+        if isinstance(result, Stopped):
+            for name, content in files.items():
+                write_atomically(folder / name, content)
+            raise result
+        return result, files
+
+    stopped, tell = schedule.stopped.is_set, lambda **message: messages.put(message)
+    with ThreadPoolExecutor(workers) as pool:
+        submit = lambda job, run: pool.submit(attempt, replace(job, train_by=by_task), run, stopped, tell)
+        in_pool(schedule, workers, submit, messages, lambda: stops.empty() and stops.put(True))
+
+
+def saved_in(folder):
+    """The checkpoints in a folder, by name."""
+    return {name: (folder / name).read_bytes() for name in CHECKPOINTS if (folder / name).exists()}
 
 
 def train(job, run, place, device, how, messages, stops):
     """On a worker: (result, files) of a run, or (Stopped, its checkpoints where the driver does not see them)."""
-    folder, lock, left, data_folder = place
+    folder, lock, saved, data_folder = place
     os.environ |= {"SILALIB_DATA": data_folder} if data_folder else {}
-    kind = job.begun.get(run.key, (None, None))[0]
+    kind = job.begun.get(run, (None, None))[0]
     if kind not in (None, execution.pick_device(device).type):
-        raise UserError(f"{run}: {unlike(kind)}")
+        raise UserError(f"{run}: {UNLIKE.format(kind)}")
     data.download(run.dataset)  # this machine may have another data folder than the driver's
     torch.set_num_threads(job.threads)
     asked, answer = 0.0, None
 
     def stop():
         nonlocal asked, answer
-        if time.monotonic() - asked > LISTEN_SECONDS:
-            asked, answer = time.monotonic(), None if stops.empty() and not job.late() else "stopped"
+        if time.time() - asked > LISTEN_SECONDS:
+            asked = time.time()
+            answer = "stopped" if asked > job.deadline or not stops.empty() else None
         return answer
 
     shared = (folder / ".lock").exists() and (folder / ".lock").stat().st_ino == lock
     with tempfile.TemporaryDirectory(prefix="silalib-") as scratch:
         if not shared:
             folder = Path(scratch)
-            for name, content in left.items():
+            for name, content in saved.items():
                 (folder / name).write_bytes(content)
         try:
             tell = lambda **message: messages.put(message)
             return (job.train_by or trainer.train)(run, folder, device, stop=stop, progress=tell, **how)
         except Stopped as error:
-            saved = [] if shared else [folder / name for name in CHECKPOINTS if (folder / name).exists()]
-            return error.with_traceback(None), {path.name: path.read_bytes() for path in saved}
-
-
-def installed():
-    try:
-        import ray
-    except ImportError:
-        raise UserError("Ray is not installed: pip install -c constraints.txt -e '.[cluster]'") from None
-    return ray
-
-
-@contextmanager
-def connected(ray, address):
-    """Join the cluster, unless this process has done so; leave it at the end."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        if address and (place := re.fullmatch(r"([\w.-]+):(\d+)", address)):  # Ray itself would try for minutes
-            socket.create_connection((place[1], int(place[2])), timeout=5).close()
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["no answer"])[0]
-        raise UserError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+            return error.with_traceback(None), {} if shared else saved_in(folder)

@@ -14,33 +14,27 @@ from .processes import interruptible
 
 
 def size():
-    """How many processes torchrun has started for this command; 1 without it."""
+    """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
-def local_size():
-    """How many of them share this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"])
-
-
-def follows():
-    """Whether this is one of torchrun's processes, but not the first."""
-    return size() > 1 and int(os.environ["RANK"]) > 0
+def own_gpu(name, place):
+    """The device of the process at a place, from 0: where several GPUs are meant, they are taken in turn."""
+    device = execution.pick_device(name)
+    several = device.type == "cuda" and device.index is None
+    return torch.device("cuda", place % torch.cuda.device_count()) if several else device
 
 
 def pick_device(name):
     """The device of this process: with "auto" or "cuda" the GPU of its number on this machine, if there are GPUs."""
-    device = execution.pick_device(name)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    if device.type == "cuda":
+    if name.startswith("cuda:"):
         raise UserError(f"device {name} is one GPU for {size()} processes: use --device auto")
-    return device
+    return own_gpu(name, int(os.environ["LOCAL_RANK"]))
 
 
 @contextmanager
 def leading(device):
-    """In the first of torchrun's processes: what is trained meanwhile, all of them train. Without torchrun, nothing.
+    """In the first of torchrun's processes: all of them train what is trained meanwhile.
 
     The others are released at the end, and by a UserError; after any other error, torchrun ends them.
     """
@@ -62,7 +56,7 @@ def connect(device):
     device, backend = pick_device(device), "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if local_size() <= torch.cuda.device_count() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count() else "gloo"
     # processes wait for each other as long as it takes; torchrun ends them all when one dies
     dist.init_process_group(backend, timeout=timedelta(days=7))
 
@@ -75,16 +69,13 @@ def say(order):
 
 
 def train(run, folder, device, *, stop, progress, graphs, **how):
-    """`trainer.train` by all processes, called by the first; a run of another number of networks it trains alone.
-
-    What processes tell each other cannot be in a CUDA graph.
-    """
+    """`trainer.train` by all processes, called by the first; a run of another number of networks it trains alone."""
     if len(run.nets) != size():
         progress(run=run, text=f"{len(run.nets)} of {size()} processes are needed: the first one trains it alone")
         return trainer.train(run, folder, pick_device(device), stop=stop, progress=progress, graphs=graphs, **how)
     progress(run=run, text=f"network-parallel on {size()} processes")
     say((run, folder, device, torch.get_num_threads(), how["bf16"]))
-    return together(run, folder, device, stop=stop, progress=progress, **how)
+    return together(run, folder, device, stop=stop, progress=progress, **how)  # not graphs: they cannot hold messages
 
 
 def follow(device):
@@ -94,9 +85,8 @@ def follow(device):
         while order := say(None):
             run, folder, device, threads, bf16 = order
             torch.set_num_threads(threads)
-            stop = lambda: "stopped" if stopped.is_set() else None
             with suppress(Stopped, trainer.Diverged):  # the first process tells
-                together(run, folder, device, stop=stop, bf16=bf16)
+                together(run, folder, device, stop=lambda: "stopped" if stopped.is_set() else None, bf16=bf16)
     dist.destroy_process_group()
 
 

@@ -1,14 +1,15 @@
 """Train many runs on one machine: one process per worker, stopped cleanly by a signal or a budget."""
 
+import math
 import multiprocessing
 import os
 import re
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,11 +19,13 @@ import torch
 
 from .. import files, records
 from ..errors import CorruptFile, GraphFailed, NoDevice, NoRoom, ProcessSpoilt, Stopped, UserError
-from ..training import execution, trainer
+from ..training import trainer
 from . import torchrun
 from .estimate import cost
-from .processes import finished, start_worker
+from .processes import finished
 from .progress import duration, numbers
+
+UNLIKE = "what they are compared with was trained on {0}; use --device {0}, or another SILALIB_RESULTS for all"
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,17 @@ class Job:
     folder: Path
     device: str
     threads: int = 1
-    deadline: float | None = None  # of time.time()
+    deadline: float = math.inf  # of time.time()
     only_whole: bool = False
     retry: bool = False
-    begun: dict = field(default_factory=dict)  # key of a run -> what `trained_alike` says of it
+    begun: dict = field(default_factory=dict)  # run -> what `trained_alike` says of it
     graphs: bool = True
-    train_by: Callable | None = None  # instead of `trainer.train`, or torchrun's
-
-    def late(self):
-        return self.deadline is not None and time.time() > self.deadline
+    train_by: Callable | None = None  # in place of `trainer.train`
 
     def train(self, run, stopped, tell):
         """Train one run unless another process has done it meanwhile. Returns the outcome in words."""
         folder = self.folder / run.key
-        stop = lambda: "stopped" if stopped() else "the budget is used up" if self.late() else None
+        stop = lambda: "stopped" if stopped() else "the budget is used up" if time.time() > self.deadline else None
         if reason := stop():
             raise Stopped(reason)
         with records.lock(folder, wait=lambda: not stop(), message=lambda text: tell(run=run, text=text)):
@@ -57,24 +57,18 @@ class Job:
                     raise UserError(f"{run} failed before: {failure['error']}; --retry (retry=True) trains it again")
                 (folder / "failed.json").unlink(missing_ok=True)
                 train = self.train_by or (torchrun.train if torchrun.size() > 1 else trainer.train)
-                left = self.deadline - time.time() if self.deadline and self.only_whole else None
-                how = dict(time_limit=left, bf16=self.begun.get(run.key, (None, None))[1], graphs=self.graphs)
+                left = self.deadline - time.time() if self.only_whole else None
+                how = dict(time_limit=left, bf16=self.begun.get(run, (None, None))[1], graphs=self.graphs)
                 try:
-                    result, content = train(run, folder, self.device, stop=stop, progress=tell, **how)
+                    made = train(run, folder, self.device, stop=stop, progress=tell, **how)
                 except trainer.Diverged as error:
                     records.remove_leftovers(folder)  # the checkpoints may hold weights that are lost already
                     records.write_failure(folder, error, epoch=error.epoch, step=error.step, lr=error.lr)
                     raise
-                records.write_record(run, folder, result, content)
+                records.write_record(run, folder, *made)
             record = records.load(run)
         seconds = record.result["provenance"]["seconds"]
         return f"top-1 {numbers(head['top1'] for head in record.heads)} in {duration(seconds)}"
-
-
-def unlike(kind):
-    """Why runs are refused whose block was begun on another kind of device."""
-    instead = f"use --device {kind}, or set SILALIB_RESULTS to another folder and train all anew"
-    return f"what they are compared with was trained on {kind}; {instead}"
 
 
 def attempt(job, run, stopped, tell):
@@ -87,8 +81,8 @@ def attempt(job, run, stopped, tell):
         return UserError(f"{run}: {error.strerror or error} ({error.filename or 'results folder'})")
     except Exception as error:  # whatever it is, the other runs go on
         if re.search(r"out of memory|ALLOC(ATION)?_FAILED|unable to find an engine", str(error)):
-            less = "use fewer --workers or --device cpu"
-            return UserError(f"{run}: out of GPU memory at batch size {run.batch_size}: {less}")
+            full = f"out of GPU memory at batch size {run.batch_size}"
+            return UserError(f"{run}: {full}: use fewer --workers or --device cpu")
         folder = job.folder / run.key
         line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         with suppress(UserError, OSError):
@@ -105,13 +99,16 @@ class Schedule:
 
     def __init__(self, pending, job, stopped, progress):
         self.waiting, self.job, self.stopped, self.progress = list(pending), job, stopped, progress
-        self.outcomes, self.eager, self.seconds = {}, set(), {}
+        self.outcomes, self.eager = {}, set()
+        self.seconds = {}  # of a unit of cost: network -> those of the slowest run
 
     def next(self):
         """(run, job) of the next run to train; None where nothing waits any more, or training was stopped."""
         while self.waiting and not self.stopped.is_set():
             run = self.waiting.pop(0)
-            if not self.too_long(run):
+            needed = self.seconds.get(run.nets[0], 0) * cost(run)
+            late = self.job.only_whole and time.time() + needed > self.job.deadline
+            if not late or records.state(run) != "pending":  # one that has a checkpoint finds out by itself
                 return run, replace(self.job, graphs=self.job.graphs and run not in self.eager)
             self.outcomes[run] = Stopped("it would not end in the budget")
         return None
@@ -127,24 +124,13 @@ class Schedule:
         if isinstance(outcome, (NoRoom, NoDevice)):  # the other runs have none either
             self.stopped.set()
         if not isinstance(outcome, Exception):
-            self.learn(run)
+            with suppress(UserError):
+                origin = records.load(run).result["provenance"]
+                speed = (origin["seconds"] + origin["seconds_final"]) / cost(run)
+                self.seconds[run.nets[0]] = max(speed, self.seconds.get(run.nets[0], 0))
         if not isinstance(outcome, Stopped):
             self.progress.finish(run, f"failed: {outcome}" if isinstance(outcome, Exception) else outcome)
         return not isinstance(outcome, ProcessSpoilt)
-
-    def learn(self, run):
-        """Seconds for a unit of a run's `cost`; the slowest run of its first network counts."""
-        with suppress(UserError):
-            origin = records.load(run).result["provenance"]
-            speed = (origin["seconds"] + origin["seconds_final"]) / cost(run)
-            self.seconds[run.nets[0]] = max(speed, self.seconds.get(run.nets[0], 0))
-
-    def too_long(self, run):
-        """Whether a run is known not to end before the deadline; one that has a checkpoint finds out by itself."""
-        if not (self.job.only_whole and self.job.deadline and run.nets[0] in self.seconds):
-            return False
-        left = self.job.deadline - time.time()
-        return records.state(run) == "pending" and self.seconds[run.nets[0]] * cost(run) > left
 
 
 def in_this_process(schedule, workers=1):
@@ -154,38 +140,30 @@ def in_this_process(schedule, workers=1):
     try:
         while chosen := schedule.next():
             run, job = chosen
-            outcome = attempt(job, run, schedule.stopped.is_set, schedule.progress.message)
-            if not schedule.end(run, outcome):
+            if not schedule.end(run, attempt(job, run, schedule.stopped.is_set, schedule.progress.message)):
                 in_workers(schedule, 1)
     finally:
         torch.set_num_threads(threads)
 
 
 def in_workers(schedule, workers):
-    """Train what waits by processes of their own. When one is spoilt all of them end after their runs, and fresh ones
-    go on."""
+    """Train what waits by processes of their own; once one is spoilt all end after their runs, and fresh ones go on."""
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # a step is 5 to 10% faster in large pages
+    context = multiprocessing.get_context("spawn")
     while schedule.waiting and not schedule.stopped.is_set():
-        context = multiprocessing.get_context("spawn")
         messages, places, stop = context.Queue(), context.Queue(), context.Event()
         for place in range(workers):
             places.put(place)
-        pool = ProcessPoolExecutor(workers, context, initializer=start, initargs=(messages, places, stop))
         try:
-            with pool:
+            with ProcessPoolExecutor(workers, context, start, (messages, places, stop)) as pool:
                 in_pool(schedule, workers, partial(pool.submit, work), messages, stop.set)
         except BrokenProcessPool:
-            raise UserError(
-                "a worker process died: out of memory (use fewer workers), or a script that calls ensure() outside "
-                "of `if __name__ == '__main__':`; start again to go on"
-            ) from None
+            why = "out of memory (use fewer workers), or ensure() is called outside of `if __name__ == '__main__':`"
+            raise UserError(f"a worker process died: {why}; start again to go on") from None
 
 
 def in_pool(schedule, workers, submit, messages, stop):
-    """Keep so many workers busy until nothing waits or one is spoilt, and hand on what they say by `messages`.
-
-    submit(job, run) -> the future outcome; stop() asks all workers to stop.
-    """
+    """Keep so many workers busy until nothing waits or one is spoilt; submit(job, run) -> the future outcome."""
     futures, sound = {}, True
 
     def tick():
@@ -193,43 +171,34 @@ def in_pool(schedule, workers, submit, messages, stop):
             stop()
         while not messages.empty():
             schedule.progress.message(**messages.get())
-
-    def fill():
         while sound and len(futures) < workers and (chosen := schedule.next()):
             run, job = chosen
             futures[submit(job, run)] = run
 
     try:
-        fill()
+        tick()
         for future, run in finished(futures, schedule.stopped, tick):
             sound = schedule.end(run, future.result()) and sound
-            fill()
-        tick()
+            tick()
     finally:
         stop()
 
 
-busy = threading.Lock()
-
-
 def start(messages, places, stop):
-    """In a new worker: how it hears and is heard, and its place, from 0, which chooses its GPU."""
+    """In a new worker: its place, from 0, chooses its GPU; signals are left to the main process, with which it ends."""
     global _messages, _place, _stop
     _messages, _place, _stop = messages, places.get(), stop
-    start_worker(busy)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # at any moment: the run resumes from its last checkpoint
 
 
 def work(job, run):
     torch.set_num_threads(job.threads)
-    stopped = lambda: _stop.is_set() or not multiprocessing.parent_process().is_alive()
-    with busy:
-        job = replace(job, device=own_gpu(job.device, _place))
-        return attempt(job, run, stopped, lambda **message: _messages.put(message))
-
-
-def own_gpu(name, place):
-    """The device of the worker at a place: with several GPUs and none of them named they are taken in turn."""
-    device = execution.pick_device(name)
-    if device.type != "cuda" or device.index is not None:
-        return name
-    return f"cuda:{place % torch.cuda.device_count()}"
+    job = replace(job, device=torchrun.own_gpu(job.device, _place))
+    return attempt(job, run, _stop.is_set, lambda **message: _messages.put(message))

@@ -23,6 +23,10 @@ def contents(exhibits):
         "00_siamese_labels": ("The method", [name for name in ("fig3",) if name in exhibits]),
         "09_claims": ("Which claims hold?", []),
     }
+    if "fig7" in exhibits:  # its runs are on two more pages
+        found |= {"11_coupling": ("The coupling, and ensembles", ["fig7"]), "12_calibration": ("Calibration", ["fig7"])}
+    if "regime" in exhibits:
+        found["13_regime_choices"] = ("The regime, and the silent choices", [])
     for name, exhibit in exhibits.items():
         if exhibit.notebook:
             found.setdefault(exhibit.notebook, (exhibit.title, []))[1].append(name)

@@ -8,6 +8,7 @@ import io
 import re
 import sys
 
+import numpy as np
 import pandas as pd
 
 from ..analysis import claims, plots, statistics, tables
@@ -15,7 +16,7 @@ from ..errors import UserError
 from ..experiments import EXHIBITS, PROFILES
 from ..files import ROOT, write_atomically
 from ..launch.progress import duration
-from ..losses import LABELS
+from ..losses import LABELS, PAPER_METHODS
 from ..records import find
 
 README = ROOT / "README.md"
@@ -25,12 +26,6 @@ PICTURE = ROOT / "docs" / "images" / "measured.png"
 MARKED = re.compile(r"(?<=<!-- measured -->\n).*(?=<!-- end -->)", re.DOTALL)
 
 SHOWN = tuple(reversed(PROFILES[1:]))  # the data of quick are a stand-in
-
-TABLES = {"table1": ("sila", "dml", "sila+dml"), "table2": ("sila", "dml", "sila+dml"), "table3": ("sila",)}
-"""Table -> the methods that it compares with IND."""
-
-FIGURES = {4: ("fig3", "fig3"), 5: ("fig5", "fig4"), 6: ("fig6",), 7: ("fig7",) * 4}
-"""Number of a claim -> the exhibit of each of its effects."""
 
 
 def main():
@@ -67,55 +62,40 @@ def planned(evidence):
     return first
 
 
-def compared(evidence, judged):
-    """[(exhibit, `statistics.Effect`)] of what each table and figure compares, in the paper's order."""
-    rows = []
-    for name, methods in TABLES.items():
-        frame = evidence.tables[evidence.tables["exhibit"] == name]
-        for method in methods:
-            title = f"top-1, {LABELS[method]} over IND"
-            rows.append((name, tables.effect(title, "points", tables.gains(frame, method), evidence.records)))
-    for number, names in FIGURES.items():
-        rows += zip(names, judged[number - 1].effects)
-    return sorted(rows, key=lambda row: list(EXHIBITS).index(row[0]))
-
-
 def render(found):
     """(what stands between README's marks, the bytes of its picture) of profile -> `claims.Evidence`."""
     judged = {profile: claims.judge_all(evidence) for profile, evidence in found.items()}
-    columns = {"the paper prints": compared(claims.printed(), claims.judge_all(claims.printed()))}
-    columns |= {f"profile {profile}": compared(evidence, judged[profile]) for profile, evidence in found.items()}
-    return in_words(found, judged, columns), picture(found, columns)
+    return in_words(found, judged), picture(found, judged)
 
 
-def in_words(found, judged, columns):
-    """Markdown. columns: what stands above a column of the table -> what `compared` gives."""
-    effects = []
-    for (name, paper), *own in zip(*columns.values(), strict=True):
-        row = [short_title(name), paper.named, in_cell(paper) or "-"]
-        effects.append(row + [in_cell(effect) or "not run" for _, effect in own])
-    verdicts = [[f"{c[0].number}. {c[0].claim}", *(own.verdict for own in c)] for c in zip(*judged.values())]
+def in_words(found, judged):
+    """Markdown: what each profile says of the claims, and what it was trained for."""
+    parts = ["\n**Status.**\n"]
+    for profile, evidence in found.items():
+        rows = [row for claim in judged[profile] for row in of_claim(claim)]
+        header = ["claim", "what is compared", "the paper prints", "measured", "verdict"]
+        waiting = [f"{claim.name}. {claim.claim}" for claim in judged[profile] if claim.verdict == "not run"]
+        parts += [status(profile, evidence, judged[profile]), "", plots.markdown(pd.DataFrame(rows, columns=header))]
+        parts += [f"Profile {profile} has no records yet for: {'; '.join(waiting)}.\n"] if waiting else []
+    parts.append(
+        "IND: trained independently. DML: deep mutual learning. A number is a mean over networks, exits or costs, with"
+        " its 95% interval over seeds; positive supports the claim. A and B are questions of our own, not the paper's."
+        " [The protocol](docs/protocol.md#what-is-judged) says what is judged, and by which rule; it came before the"
+        " records. A shortened protocol can show which way a difference goes, and not reach the paper's accuracies.\n"
+    )
     trained_for = ["trained for", "profile", "training", "runs", "seeds", "time", "hardware"]
-    table = lambda rows, header: plots.markdown(pd.DataFrame(rows, columns=header))
-    parts = [
-        "\n**Status.**\n",
-        *(status(profile, evidence, judged[profile]) for profile, evidence in found.items()),
-        "",
-        table(effects, ["exhibit", "what is compared", *columns]),
-        "IND: trained independently. DML: deep mutual learning. A number is a mean over networks, exits or rows of a"
-        " table, with its 95% interval over seeds (one seed has none); positive supports the paper's claim. After it:"
-        " how many cells go the claim's way, in a table those of all its metrics, and how many more the profile has."
-        " A shortened protocol can show which way a difference goes, and not reach the paper's accuracies.\n",
-        table(verdicts, ["the paper's claim", *list(columns)[1:]]),
-        table(trainings(found), trained_for),
-    ]
+    parts.append(plots.markdown(pd.DataFrame(trainings(found), columns=trained_for)))
     return "\n".join(parts) + "\n"
 
 
-def in_cell(effect):
-    """An effect in a cell of the table, without its unit; "" without records."""
-    seeds = statistics.seeds([effect.seeds], ", ") if effect.runs else ""  # the paper prints none
-    return f"{effect.number}, {effect.cells}{seeds}" if effect.total else ""
+def of_claim(claim):
+    """Rows of a claim's primary effects that have records."""
+    for effect in claim.primary:
+        if effect.runs or effect.exact:
+            paper = "-" if np.isnan(effect.paper) else f"{effect.paper:+.2f}"
+            seeds = statistics.seeds([effect.seeds], ", ")
+            verdict = f"{effect.verdict}{f' ({effect.remark})' if effect.remark else ''}"
+            yield [f"{claim.name}. {claim.claim}", effect.name, paper, f"{effect}{seeds}", verdict]
 
 
 def short_title(exhibit):
@@ -139,7 +119,7 @@ def status(profile, evidence, judged):
 def beside_the_paper(evidence):
     """Sentences on each table: how close its first network comes to the paper's when it is trained alone, and what the
     paper prints for the pairs of a profile that does not have all of them."""
-    for name, methods in TABLES.items():
+    for name in claims.TABLES:
         paper, cells = tables.printed(name), tables.cells(evidence.grids[name], evidence.records, ("top1",), name)
         cells = cells[cells["value"].notna()]
         for row in tables.over_seeds(cells[cells["method"] == LABELS["ind"]]).head(1).to_dict("records"):
@@ -149,7 +129,8 @@ def beside_the_paper(evidence):
         pairs = set(cells.loc[cells["method"] != LABELS["ind"], "pair"])
         if pairs and pairs < set(paper.loc[paper["method"] != "ind", "pair"]):
             same = paper[paper["pair"].isin(pairs) | (paper["method"] == "ind")]
-            gains = [f"{tables.effect('', '', tables.gains(same, m)).mean:+.2f} ({LABELS[m]})" for m in methods]
+            better = {m: tables.gains(same[same["metric"] == "top1"], m)["gain"].mean() for m in PAPER_METHODS[1:]}
+            gains = [f"{gain:+.2f} ({LABELS[m]})" for m, gain in better.items() if not np.isnan(gain)]
             where = f"{', '.join(sorted(pairs))} alone, where the paper prints {', '.join(gains)}"
             yield f"Of {short_title(name)} it has {where}."
 
@@ -173,7 +154,7 @@ def trainings(found):
             yield [EXHIBITS[name].title, profile, training, f"{len(done)} of {len(runs)}", seeds, time, hardware]
 
 
-def picture(found, columns):
+def picture(found, judged):
     """The bytes of a PNG: Figure 6 with its first seed, and all gains in points with the paper's."""
     import matplotlib.pyplot as plt
     from PIL import Image
@@ -182,7 +163,7 @@ def picture(found, columns):
     fig = plt.figure(figsize=(9.6, 7.6))
     above, below = fig.subfigures(2, 1, height_ratios=(1, 1.2))
     features(above, found)
-    gains(below, columns)
+    gains(below, judged)
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=120)
     plt.close(fig)
@@ -204,21 +185,23 @@ def features(fig, found):
             return
 
 
-def gains(fig, columns):
-    """The gains in points of each column, with intervals; a row without any of ours says 'not run'."""
-    ax = fig.subplots()
-    colours = ("#777777", plots.COLOURS["dml"], plots.COLOURS["sila"], plots.COLOURS["sila+dml"])
-    rows = [row for row in zip(*columns.values()) if row[0][1].unit == "points"]
+def gains(fig, judged):
+    """The primary effects in points that have records, with intervals, and the paper's own."""
+    ax, rows = fig.subplots(), []
+    for profile, verdicts in judged.items():
+        effects = {effect.name: effect for claim in verdicts for effect in claim.primary}
+        rows += [(profile, e) for e in effects.values() if e.unit == "points" and e.runs]
+    colours = dict(zip(judged, (plots.COLOURS["sila"], plots.COLOURS["dml"], plots.COLOURS["sila+dml"])))
     series = []
-    for label, fmt, colour, column in zip(columns, "xosD", colours, zip(*rows)):
-        means, half_widths = zip(*((effect.mean, effect.half_width) for _, effect in column))
-        series.append((range(len(rows)), means, half_widths, dict(label=label, fmt=fmt, color=colour)))
-    names = [f"{short_title(name)}: {effect.name}" for (name, effect), *_ in rows]
-    plots.intervals(ax, names, series, "mean gain (percentage points)")
-    for y, (_, *own) in enumerate(rows):
-        if not any(effect.total for _, effect in own):
-            ax.text(1.01, y, "not run", transform=ax.get_yaxis_transform(), fontsize=9, va="center")
-    fig.legend(loc="outside lower center", ncols=len(columns))
+    for profile, colour in colours.items():
+        own = [(y, effect) for y, (where, effect) in enumerate(rows) if where == profile]
+        means, half_widths = [effect.mean for _, effect in own], [effect.half_width for _, effect in own]
+        style = dict(label=f"profile {profile}", fmt="o", color=colour)
+        series.append(([y for y, _ in own], means, half_widths, style))
+    paper = [effect.paper for _, effect in rows]
+    series.append((range(len(rows)), paper, [np.nan] * len(rows), dict(label="the paper", fmt="x", color="#777777")))
+    plots.intervals(ax, [effect.name for _, effect in rows], series, "mean gain (percentage points)")
+    fig.legend(loc="outside lower center", ncols=len(series))
 
 
 if __name__ == "__main__":

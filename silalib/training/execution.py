@@ -9,11 +9,7 @@ import torch
 
 from ..errors import GraphFailed, UserError
 
-EAGER_CALLS = 3
-"""Before a function is captured: cuDNN chooses its algorithms, and the optimizer makes its buffers."""
-
-STEPS_AHEAD = 16
-"""Steps queued on a GPU at most: it is never idle, and a stop is heard within these steps."""
+EAGER_CALLS = 3  # before a function is captured: cuDNN chooses its algorithms, the optimizer makes its buffers
 
 
 def pick_device(name):
@@ -43,9 +39,7 @@ def bfloat16_pays(device):
 
 def precision(net, device, bf16):
     """Of one network: torch.bfloat16 if `bf16` is true and the network gains by it on that device, else torch.float32.
-
-    On a CPU depthwise convolutions do not gain. The 12-layer network stays in float32: its two features are drawn.
-    """
+    On a CPU depthwise convolutions do not gain. The 12-layer network stays in float32: its two features are drawn."""
     gains = ("resnet", "vgg", "wrn", "densenet", "msdnet") + (("mobilenet",) if device.type == "cuda" else ())
     return torch.bfloat16 if bf16 and net.startswith(gains) else torch.float32
 
@@ -78,23 +72,20 @@ def one_thread():
 
 
 def no_search(search=False):
-    """A context without cuDNN's search for algorithms, which takes longer than it saves for shapes that come once.
-    float32 is float32, not TF32."""
+    """A context without TF32, and without cuDNN's search for algorithms: no use for shapes that come once."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=search, allow_tf32=False)
 
 
 @contextmanager
 def settings(device):
-    """A context for training on a GPU: cuDNN searches once for the fastest algorithm of each shape, and the stream is
-    not the default one, which cannot be captured."""
+    """A context for training: on a GPU cuDNN searches for the fastest algorithms, on a stream that can be captured."""
     gpu = device.type == "cuda"
     with no_search(search=gpu), torch.cuda.stream(torch.cuda.Stream(device)) if gpu else nullcontext():
         yield
 
 
 def cuda_graph(function, inputs):
-    """Capture function(*inputs) without running it. Returns (replay, outputs): replay() runs it on what `inputs` then
-    hold, and writes to `outputs`."""
+    """(replay, outputs) of function(*inputs), not run yet: replay() runs it on what `inputs` then hold."""
     graph = torch.cuda.CUDAGraph()
     # the thread that brings streamed images may go on with its own work meanwhile
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
@@ -104,11 +95,8 @@ def cuda_graph(function, inputs):
 
 class GraphedCallable:
     """A function of tensors that is replayed as one graph after its first calls; it gives a list of tensors, or None.
-
-    A graph has fixed shapes: calls with others run the function itself. What else changes between calls must be in
-    tensors that keep their place, like the weights and the learning rate. Raises GraphFailed where it cannot be
-    captured: the generator and the allocator may stay in capture mode, so the process is of no more use.
-    """
+    Calls with other shapes run the function itself. What else changes between calls must be in tensors that keep their
+    place, like the weights. Raises GraphFailed where it cannot be captured: the process may stay in capture mode."""
 
     def __init__(self, function, capture=cuda_graph):
         self.function, self.capture = function, capture
@@ -124,8 +112,7 @@ class GraphedCallable:
         if self.calls <= EAGER_CALLS:
             return self.function(*tensors)
         if self.replay is None:
-            self.inputs = [tensor.clone() for tensor in tensors]
-            collects = gc.isenabled()
+            self.inputs, collects = [tensor.clone() for tensor in tensors], gc.isenabled()
             gc.collect()
             gc.disable()  # a graph that is collected while another is captured makes the capture invalid
             try:
@@ -135,8 +122,7 @@ class GraphedCallable:
                     error = error.__context__
                 if isinstance(error, torch.OutOfMemoryError):
                     raise error from None
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise GraphFailed(f"no CUDA graph ({reason})") from None
+                raise GraphFailed(f"no CUDA graph ({[*str(error).splitlines(), type(error).__name__][0]})") from None
             finally:
                 if collects:
                     gc.enable()
@@ -147,7 +133,7 @@ class GraphedCallable:
 
 
 class StepsInFlight:
-    """Bounds the steps queued on a GPU, so that neither it nor the host waits long; nothing on a CPU."""
+    """At most 16 steps are queued on a GPU: it is never idle, and a stop is heard within these steps."""
 
     def __init__(self, device):
         self.gpu, self.events = device.type == "cuda", deque()
@@ -156,5 +142,5 @@ class StepsInFlight:
         if self.gpu:
             self.events.append(torch.cuda.Event(blocking=True))
             self.events[-1].record()
-            if len(self.events) > STEPS_AHEAD:
+            if len(self.events) > 16:
                 self.events.popleft().synchronize()

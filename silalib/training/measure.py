@@ -15,35 +15,37 @@ from ..randomness import derive
 from . import metrics, robustness
 from .execution import no_search
 
-FEATURE_IMAGES = 10000
-"""Features are kept of so many images at most."""
+FEATURE_IMAGES = 10000  # of each split, at most
 
 
 def final(training, pauses):
     """(result, files) of a `trainer.Training` whose steps are done: result.json's content, and file name -> bytes.
-
-    None in the processes of network-parallel but the first.
-    """
+    None in the processes of network-parallel but the first."""
     pauses.save()  # what follows can take minutes, and is stopped between its parts
-    began = time.monotonic()
-    run, splits = training.run, training.splits
+    began, run, splits = time.monotonic(), training.run, training.splits
     training.report(final="final evaluations")
     logits = training.at_test or training.predict(splits["test"].images)  # unless a checkpoint begins here
     at_end = training.predict(splits["train"].images)
     with torch.device("meta"):  # without weights: to count with, and in network-parallel those of the others too
         networks = [training.material.network(slot) for slot in range(len(run.nets))]
     heads, arrays = per_head(training, networks, logits, at_end)
-    if run.holdout:
-        arrays |= held_out(training)
-    has_features = all(hasattr(net, "embed") for net in networks)
-    found = features(training, heads) if has_features else {}
+    if run.holdout:  # of these images, not augmented, thresholds of early exit are chosen
+        held = splits["holdout"]
+        arrays["calibration_labels"] = held.labels.cpu().short().numpy()
+        for head, z in zip(training.heads, training.predict(held.images)):
+            kept = metrics.per_image(z, held.labels, run.nets[0])
+            arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
+    found = features(training, heads) if all(hasattr(net, "embed") for net in networks) else {}
     noise_rows = noise(training, pauses) if run.noise_images else []
     if run.hessian_images:
         for values, curvature in zip(heads, sharpness(training, pauses)):
             values["curvature"] = curvature
-
     lists = heads, noise_rows, [z.cpu() for z in logits], [z.argmax(1).cpu() for z in at_end], [pauses.cpu_seconds()]
-    parts = training.ranks.gather((lists, (arrays, found, weights(training))))
+    normalise = training.material.normalise
+    tensors = {"mean": normalise.mean, "std": normalise.std}  # as `records.load_network` reads them
+    tensors |= {f"{slot}.{k}": v for slot, net in training.nets.items() for k, v in net.state_dict().items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    parts = training.ranks.gather((lists, (arrays, found, tensors)))
     if training.ranks.rank:  # the first process has the record
         return None
     lists, dicts = zip(*parts)
@@ -54,15 +56,12 @@ def final(training, pauses):
         result["ensemble"], log_p = metrics.ensemble(logits, splits["test"].labels)
         result["ensemble"]["train_disagreement"] = metrics.disagreement(predicted)
         largest, classes = log_p.max(1)
-        arrays["ensemble_predicted"] = classes.short().numpy()
-        arrays["ensemble_confidence"] = largest.exp().half().numpy()
+        arrays |= {"ensemble_predicted": classes.short().numpy(), "ensemble_confidence": largest.exp().half().numpy()}
     files = {"history.csv": to_csv(training.rows), "test.npz": to_npz(arrays)}
     if run.holdout and run.nets[0] in EXITS:
         files["budgeted.csv"] = to_csv(early_exit.sweep(arrays, [head["macs_budgeted"] for head in heads]))
-    if has_features:
-        files["features.npz"] = to_npz(found)
-    if run.noise_images:
-        files["noise.csv"] = to_csv(noise_rows)
+    files |= {"features.npz": to_npz(found)} if found else {}
+    files |= {"noise.csv": to_csv(noise_rows)} if noise_rows else {}
     files["weights.safetensors"] = to_safetensors(tensors)
     result["provenance"] = {
         **{k: v for k, v in training.parts[-1].items() if k != "from_step"},
@@ -80,37 +79,22 @@ def final(training, pauses):
 def per_head(training, networks, logits, at_end):
     """Of each head here: final metrics, and arrays for test.npz. logits, at_end: of test and of training images."""
     run, (test, train) = training.run, (training.splits[name].labels for name in ("test", "train"))
-    height, width, channels = training.splits["test"].images.shape[1:]
-    costs = lambda slot, **more: early_exit.exit_costs(networks[slot], (channels, height, width), **more)
-    macs = chain(*(costs(slot) for slot in training.nets))
+    image = [training.splits["test"].images.shape[i] for i in (3, 1, 2)]
+    macs = chain(*(early_exit.exit_costs(networks[slot], image) for slot in training.nets))
+    summaries = zip(metrics.summaries(logits, test), metrics.summaries(at_end, train))
     heads, arrays = [], {"labels": test.cpu().short().numpy()}
-    for head, z, train_z, cost in zip(training.heads, logits, at_end, macs):
+    for head, z, train_z, (tested, trained), cost in zip(training.heads, logits, at_end, summaries, macs):
         slot = run.slot(head)
         best = max((row for row in training.rows if row["head"] == head), key=lambda row: row["test_top1"])
-        heads.append(
-            {"network": run.nets[slot]}
-            | metrics.summary(z, test)
-            | metrics.calibration(z, test)
-            | {"best": best["test_top1"], "best_epoch": best["epoch"]}
-            | {f"train_{k}": v for k, v in metrics.summary(train_z, train).items()}
-            | {"train_ece": metrics.ece(train_z.double(), train)}
-            | {"parameters": count_parameters(training.nets[slot]), "macs": cost}
-        )
+        heads.append({"network": run.nets[slot]} | tested | metrics.calibration(z, test))
+        heads[-1] |= {"best": best["test_top1"], "best_epoch": best["epoch"]}
+        heads[-1] |= {f"train_{k}": v for k, v in trained.items()} | {"train_ece": metrics.ece(train_z.double(), train)}
+        heads[-1] |= {"parameters": count_parameters(training.nets[slot]), "macs": cost}
         arrays |= {f"{name}_{head}": a for name, a in metrics.per_image(z, test, run.nets[slot]).items()}
     if run.nets[0] in EXITS:
-        for values, cost in zip(heads, costs(0, budgeted=True)):
+        for values, cost in zip(heads, early_exit.exit_costs(networks[0], image, budgeted=True)):
             values["macs_budgeted"] = cost
     return heads, arrays
-
-
-def held_out(training):
-    """Of the images held out, not augmented: what thresholds of early exit are chosen from."""
-    held = training.splits["holdout"]
-    arrays = {"calibration_labels": held.labels.cpu().short().numpy()}
-    for head, z in zip(training.heads, training.predict(held.images)):
-        found = metrics.per_image(z, held.labels, training.run.nets[0])
-        arrays |= {f"calibration_{name}_{head}": found[name] for name in ("confidence", "predicted")}
-    return arrays
 
 
 @torch.no_grad()
@@ -121,8 +105,7 @@ def features(training, heads):
     for (slot, net), values in zip(training.nets.items(), heads):
         net.eval()
         for name in ("test", "train"):
-            split = training.splits[name]
-            labels = split.labels[:FEATURE_IMAGES]
+            split, labels = training.splits[name], training.splits[name].labels[:FEATURE_IMAGES]
             batches = in_batches(split.images, training.material.eval_batch, last=FEATURE_IMAGES)
             f = torch.cat([net.embed(training.material.inputs(images)).float() for images in batches])
             arrays[f"{name}_{slot}"] = f.cpu().half().numpy()
@@ -137,10 +120,9 @@ def noise(training, pauses):
     run, rows = training.run, []
     images, labels = fixed_train_images(training, run.noise_images)
     for head, net in training.nets.items():
-        predict = lambda net, slot=head: training.predict(images, slot)[0]
+        predict, seed = lambda net, slot=head: training.predict(images, slot)[0], derive(run.seed, "noise", head)
         for kind in ("absolute", "filter"):
             pauses.check()
-            seed = derive(run.seed, "noise", head)
             curve = robustness.parameter_noise(net, predict, labels, run.noise_sigmas, run.noise_draws, kind, seed)
             rows += [{"head": head} | row for row in curve]
         training.report(final=f"noise, network {head + 1} of {len(run.nets)}")
@@ -153,10 +135,9 @@ def sharpness(training, pauses):
     x = training.material.inputs(images)
     for head, net in training.nets.items():
         net.eval()
-        values = {"images": len(labels)}
+        loss, values = lambda net=net: metrics.cross_entropy(net(x), labels).mean(), {"images": len(labels)}
         for name, scaled in (("absolute", False), ("filter", True)):
             pauses.check()
-            loss = lambda net=net: metrics.cross_entropy(net(x), labels).mean()
             with no_search():
                 value, products, residual = robustness.largest_eigenvalue(loss, net.parameters(), scaled)
             values |= {name: value, f"{name}_steps": products, f"{name}_residual": residual}
@@ -169,11 +150,3 @@ def fixed_train_images(training, n):
     split = training.splits["train"]
     chosen = data.balanced_order(split.labels.cpu())[:n].to(training.device)
     return split.images[chosen], split.labels[chosen]
-
-
-def weights(training):
-    """Name -> tensor, as `records.load_network` reads them."""
-    normalise = training.material.normalise
-    tensors = {"mean": normalise.mean, "std": normalise.std}
-    tensors |= {f"{slot}.{k}": v for slot, net in training.nets.items() for k, v in net.state_dict().items()}
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}

@@ -5,6 +5,7 @@ from itertools import combinations, permutations
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 
 from ..models import EXITS
 
@@ -25,38 +26,26 @@ def wrong_logsumexp(logits, target):
     return logits.scatter(1, target[:, None], -torch.inf).logsumexp(1)
 
 
-def summary(logits, target):
-    """NLL in nats, top-1, top-2 and top-5 accuracy in percent, as floats."""
-    return summaries([logits], target)[0]
-
-
 def summaries(heads, target):
-    """The `summary` of each head's logits (n, N), brought from their device at once."""
+    """Of each head's logits (n, N): NLL in nats, top-1, top-2 and top-5 accuracy in percent; asked at once."""
     mean = lambda values: values.double().mean()
     rows = [[mean(cross_entropy(z, target)), *(100 * mean(in_top_k(z, target, k)) for k in (1, 2, 5))] for z in heads]
     values = torch.stack([torch.stack(row) for row in rows]).tolist()
     return [dict(zip(("nll", "top1", "top2", "top5"), row)) for row in values]
 
 
-TEMPERATURES = (0.05, 20.0)
-"""The range in which a temperature is sought: where all images are right, a smaller one is always better."""
+TEMPERATURES = (0.05, 20.0)  # where all images are right, a smaller one is always better
 
 
 def best_temperature(logits, target):
-    """The T that minimises the mean NLL of logits / T, within TEMPERATURES (Guo et al. 2017, equation 9).
-
-    logits: (n, N), float64. The mean NLL is convex in 1/T, with the derivative E[z] - z_y; T is where it is 0.
-    """
-    from scipy.optimize import brentq
-
+    """The T in TEMPERATURES that minimises the mean NLL of logits / T (Guo et al. 2017, equation 9).
+    logits: (n, N), float64. The mean NLL is convex in 1/T, with the derivative E[z] - z_y; T is where it is 0."""
     z_y = logits.gather(1, target[:, None])[:, 0].mean()
     slope = lambda log_t: ((logits * (logits / math.exp(log_t)).softmax(1)).sum(1).mean() - z_y).item()
     coldest, hottest = map(math.log, TEMPERATURES)
     if slope(coldest) <= 0:  # with every colder one the NLL is lower still
         return TEMPERATURES[0]
-    if slope(hottest) >= 0:
-        return TEMPERATURES[1]
-    return math.exp(brentq(slope, coldest, hottest, xtol=1e-12))
+    return TEMPERATURES[1] if slope(hottest) >= 0 else math.exp(brentq(slope, coldest, hottest, xtol=1e-12))
 
 
 def ece(logits, target):
@@ -66,38 +55,26 @@ def ece(logits, target):
 
 
 def calibration(logits, target):
-    """How far confidence is off, before and after temperature scaling: {"ece", "temperature", "nll_scaled",
-    "ece_scaled"}, in percent and nats.
-
-    logits: (n, N). The temperature is cross-fitted: that of the even-numbered images is applied to the odd ones and
-    the other way round; both scaled figures are over all images. "temperature" is [of the even, of the odd].
-    """
+    """How far confidence is off, before and after temperature scaling: ece, ece_scaled in percent, nll_scaled in nats.
+    logits: (n, N). "temperature" is [of the even-numbered images, of the odd ones]; each scales the others."""
     logits, target = logits.double().cpu(), target.cpu()
-    temperatures = [best_temperature(logits[half::2], target[half::2]) for half in (0, 1)]
-    scaled = logits.clone()
+    temperatures, scaled = [best_temperature(logits[half::2], target[half::2]) for half in (0, 1)], logits.clone()
     for half in (0, 1):
         scaled[half::2] /= temperatures[1 - half]
-    return {
-        "ece": ece(logits, target),
-        "temperature": temperatures,
-        "nll_scaled": cross_entropy(scaled, target).mean().item(),
-        "ece_scaled": ece(scaled, target),
-    }
+    found = {"ece": ece(logits, target), "temperature": temperatures}
+    return found | {"nll_scaled": cross_entropy(scaled, target).mean().item(), "ece_scaled": ece(scaled, target)}
 
 
 def ensemble(heads, target):
-    """Several networks together: (their metrics, log p), with p = mean over the networks of softmax(z_c).
-
-    heads: C >= 2 logits (n, N). The metrics are top1, top5, nll, ece and nll_scaled of p, whose log takes the place
-    of logits; `disagreement`; and divergence, the mean KL(p_c || p_k) over images and ordered pairs, in nats. log p is
-    (n, N), float64.
-    """
+    """Several networks together: (their metrics, log p (n, N) in float64), p the mean over networks of softmax(z_c).
+    heads: C >= 2 logits (n, N). The metrics are top1, top5, nll, ece and nll_scaled of log p in the place of logits,
+    `disagreement`, and divergence, the mean KL(p_c || p_k) over images and ordered pairs, in nats."""
     target = target.cpu()
     each = torch.stack([z.double().cpu().log_softmax(1) for z in heads])
     together = each.logsumexp(0) - math.log(len(heads))
     entropy = (each.exp() * each).sum(2)
     kl = [(entropy[c] - (each[c].exp() * each[k]).sum(1)).mean().item() for c, k in permutations(range(len(heads)), 2)]
-    found = summary(together, target) | calibration(together, target)
+    found = summaries([together], target)[0] | calibration(together, target)
     values = {name: found[name] for name in ("top1", "top5", "nll", "ece", "nll_scaled")}
     apart = {"disagreement": disagreement([z.argmax(1) for z in heads]), "divergence": sum(kl) / len(kl)}
     return values | apart, together
@@ -111,17 +88,13 @@ def disagreement(predicted):
 
 def reliability(confidence, correct, bins=15, mass=False):
     """The reliability diagram: (mean confidence in percent, accuracy in percent, images) of each bin that holds any.
-
     confidence: largest probability of each image; correct: whether its class is the truth. Bins are of equal width over
-    [0, 1], closed on the right, or with `mass` of an equal number of images in the order of confidence; images of the
-    same confidence then share their mean accuracy, so that the order of the images does not matter.
-    """
+    [0, 1], closed on the right, or with `mass` of an equal number of images in the order of confidence."""
     confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
     if mass:
-        order = np.argsort(confidence, kind="stable")
         _, same, count = np.unique(confidence, return_inverse=True, return_counts=True)
-        correct = (np.bincount(same, correct) / count)[same]
-        groups = np.array_split(order, min(bins, len(order)))
+        correct = (np.bincount(same, correct) / count)[same]  # those of one confidence share it: their order is chance
+        groups = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(confidence)))
     else:
         at = np.clip(np.ceil(confidence * bins) - 1, 0, bins - 1)
         groups = [np.flatnonzero(at == i) for i in range(bins)]
@@ -141,10 +114,8 @@ STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5"
 
 def statistics(logits, gradients, target):
     """One row of means over a batch, float64 (C, 9), in the order of STATISTICS, per head; gradient None leaves it out.
-
     NLL and top-1 of the head alone; z_y, alpha (equation 4), s and mean |s_c - s_k| to the peers (NaN without one);
-    |dL_cross/dz_y| = 1 - p_y of equation 5; |dL/dz_y| of the loss that is really trained, per sample; and the offset,
-    the mean of z over the classes.
+    1 - p_y of equation 5; |dL/dz_y| of the loss that is really trained, per sample; and the mean of z over the classes.
     """
     batch = len(target)
     s = torch.cat(logits).logsumexp(1).view(-1, batch)  # all heads at once: few operations, whatever their number
@@ -155,26 +126,13 @@ def statistics(logits, gradients, target):
     s_own = torch.stack([s[c] for c in own])
     gap = (s - s_own[:, None]).abs().sum(1) / (len(s) - 1)  # 0/0 without a peer
     nll = s_own.flatten() - z_y
-    rows = [
-        nll,
-        100 * in_top_k(z, target, 1),
-        z_y,
-        wrong_logsumexp(z, target),
-        s_own,
-        gap,
-        -torch.expm1(-nll),
-        gradient.gather(1, target[:, None])[:, 0].abs() * batch,
-        z.mean(1),
-    ]
+    top1, alpha, dz_y = 100 * in_top_k(z, target, 1), wrong_logsumexp(z, target), gradient.gather(1, target[:, None])
+    rows = [nll, top1, z_y, alpha, s_own, gap, -torch.expm1(-nll), dz_y[:, 0].abs() * batch, z.mean(1)]
     return torch.stack([row.view(len(own), batch).double().mean(1) for row in rows], 1)
 
 
 def per_image(logits, target, network):
-    """What test.npz keeps of one head: enough for calibration, comparison by image and the free energies.
-
-    All in half precision, but for the confidence of an exit: there confident images tie in half precision, and
-    thresholds cannot tell them apart.
-    """
+    """What test.npz keeps of one head, in half precision but for an exit's confidence, in which images must not tie."""
     log_p = logits.log_softmax(1)
     largest, predicted = log_p.max(1)
     arrays = {

@@ -1,8 +1,6 @@
 """Network-parallel training: process c of torchrun's holds network c alone, with its optimizer, and sees every image.
 
-A peer enters SiLa's gradient only through its log-partition s, so that SiLa exchanges one float per image; DML its
-logits. No weight and no gradient crosses while the networks are trained.
-"""
+SiLa's processes exchange one float per image, s; DML's exchange logits. No weight and no gradient crosses."""
 
 import math
 
@@ -14,26 +12,21 @@ COUPLED_BY_S = ("ind", "sila", "zero-peer", "mean-peer")
 
 
 class Ranks:
-    """The processes that train one run together; without `parallel` this process trains it alone."""
+    """The processes that train one run together; without `parallel` this one has all its slots and heads."""
 
     def __init__(self, parallel=False):
         self.parallel = parallel
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
 
     def slots(self, run):
-        """The slots of the networks that this process holds."""
         return [self.rank] if self.parallel else range(len(run.nets))
 
     def heads(self, run):
-        """The heads that this process evaluates."""
         return [self.rank] if self.parallel else range(run.n_heads)
 
     def all_heads(self, logits, method):
-        """Logits (B, N) of every head, for a loss whose gradient in this process's own is exact.
-
-        Those of another process are fixed: its logits where the method needs them, else equal logits that have its
-        log-partition s, which is all of it that enters the gradient of SiLa.
-        """
+        """Logits (B, N) of every head, for a loss whose gradient in this process's own is exact. Others' are fixed:
+        their logits where the method needs them, else equal logits with their log-partition s."""
         if not self.parallel:
             return logits
         own, by_s = logits[0].detach(), method in COUPLED_BY_S
@@ -41,8 +34,7 @@ class Ranks:
         received = [torch.empty_like(message) for _ in range(self.size)]
         dist.all_gather(received, message)
         if by_s:
-            classes = own.shape[1]
-            received = [(s - math.log(classes))[:, None].expand(-1, classes) for s in received]
+            received = [(s - math.log(own.shape[1]))[:, None].expand_as(own) for s in received]
         received[self.rank] = logits[0]
         return received
 
@@ -52,8 +44,7 @@ class Ranks:
             return reason, save
         wishes = torch.tensor([bool(reason), save], dtype=torch.int32)
         dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        stop, save = wishes.tolist()
-        return next(filter(None, self.gather(reason))) if stop else None, bool(save)
+        return next(filter(None, self.gather(reason))) if wishes[0] else None, bool(wishes[1])
 
     def gather(self, value):
         """The values of all processes, in their order."""
@@ -61,13 +52,6 @@ class Ranks:
         if self.parallel:
             dist.all_gather_object(values, value)
         return values
-
-    def broadcast(self, value):
-        """The first process's value, everywhere; the others wait for it."""
-        values = [value]
-        if self.parallel:
-            dist.broadcast_object_list(values)
-        return values[0]
 
     def barrier(self):
         """Wait until every process is here."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -13,8 +14,7 @@ from .execution import amx
 
 
 def device_kind(part):
-    """ "cpu" or "cuda": where a part of a run was trained, by what `here` said. Older records do not name the kind,
-    but end a processor's name in parentheses."""
+    """ "cpu" or "cuda", by what `here` said; older records name no kind, but end a processor's name in parentheses."""
     return part.get("kind") or ("cpu" if part["device"].endswith(")") else "cuda")
 
 
@@ -45,15 +45,13 @@ def code_version():
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     version = {"code": digest.hexdigest()[:12]}
     with suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        version["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        git = ["git", "-C", ROOT, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        version["commit"] = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     return version
 
 
 def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.*\S)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -7,13 +7,10 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from ..randomness import generator
-from .metrics import cross_entropy, in_top_k
+from .metrics import summaries
 
-ABSOLUTE_SIGMA = 0.02
-"""Largest standard deviation of the noise in Figure 7b."""
-
-FILTER_SIGMA = 0.5
-"""Largest noise relative to a filter's norm."""
+LARGEST_SIGMA = {"absolute": 0.02, "filter": 0.5}
+"""Of the noise in Figure 7b: its standard deviation, or its length relative to each filter's norm."""
 
 
 def filter_norms(parameter):
@@ -25,46 +22,31 @@ def filter_norms(parameter):
 
 def noise_directions(parameters, kind, seed, draw):
     """Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or about as long as its filter.
-
-    Drawn where the parameters are: a GPU draws other numbers than a CPU.
-    """
+    Drawn where the parameters are: a GPU draws other numbers than a CPU."""
     device = parameters[0].device
     g = generator(seed, "noise", draw, device=device)
-    directions = []
-    for p in parameters:
-        noise = torch.randn(p.shape, generator=g, device=device).to(p)
-        if kind == "filter":
-            per_filter = p[0].numel() if p.dim() > 1 else 1
-            noise = noise * (filter_norms(p) / per_filter**0.5)
-        directions.append(noise)
+    directions = [torch.randn(p.shape, generator=g, device=device).to(p) for p in parameters]
+    if kind == "filter":
+        per_filter = [p[0].numel() if p.dim() > 1 else 1 for p in parameters]
+        directions = [d * (filter_norms(p) / n**0.5) for d, p, n in zip(directions, parameters, per_filter)]
     return directions
 
 
 @torch.no_grad()
 def parameter_noise(network, predict, target, sigmas, draws, kind, seed):
     """Training NLL after Gaussian noise on every parameter, BatchNorm's included, running statistics not (Figure 7b).
-
-    predict(network) -> logits (n, N). sigmas: number of equal steps from 0 to the kind's largest sigma.
-    Each draw is one direction, scaled by every sigma. Yields {"kind", "sigma", "draw", "nll", "top1"}; the
-    parameters are put back as they were.
-    """
+    predict(network) -> logits (n, N). sigmas: number of equal steps from 0 to the kind's largest; each draw is one
+    direction, scaled by every sigma. Yields {"kind", "sigma", "draw", "nll", "top1"} and puts the parameters back."""
     parameters, saved = list(network.parameters()), [p.clone() for p in network.parameters()]
-    largest = {"absolute": ABSOLUTE_SIGMA, "filter": FILTER_SIGMA}[kind]
     try:
         for draw in range(draws):
             directions = noise_directions(saved, kind, seed, draw)
             for step in range(0 if draw == 0 else 1, sigmas + 1):
-                sigma = largest * step / sigmas
+                sigma = LARGEST_SIGMA[kind] * step / sigmas
                 for p, original, direction in zip(parameters, saved, directions):
                     p.copy_(original + sigma * direction)
-                logits = predict(network)
-                yield {
-                    "kind": kind,
-                    "sigma": sigma,
-                    "draw": draw,
-                    "nll": cross_entropy(logits, target).double().mean().item(),
-                    "top1": 100 * in_top_k(logits, target, 1).double().mean().item(),
-                }
+                (found,) = summaries([predict(network)], target)
+                yield {"kind": kind, "sigma": sigma, "draw": draw, "nll": found["nll"], "top1": found["top1"]}
     finally:
         for p, original in zip(parameters, saved):
             p.copy_(original)
@@ -73,28 +55,24 @@ def parameter_noise(network, predict, target, sigmas, draws, kind, seed):
 def scatter_ratio(features, labels):
     """Within- over between-class scatter of features (n, d): trace(S_w) / trace(S_b); smaller is more concentrated."""
     features = features.double()
-    mean = features.mean(0)
     within = between = 0.0
-    for label in labels.unique():
-        group = features[labels == label]
-        centre = group.mean(0)
-        within += (group - centre).square().sum()
-        between += len(group) * (centre - mean).square().sum()
+    for group in (features[labels == label] for label in labels.unique()):
+        within += (group - group.mean(0)).square().sum()
+        between += len(group) * (group.mean(0) - features.mean(0)).square().sum()
     return (within / between).item()
 
 
 def largest_eigenvalue(loss, parameters, scaled=False, tolerance=1e-4, iterations=50, seed=0):
-    """The largest signed eigenvalue of the Hessian of `loss()`, by Lanczos iteration with Hessian-vector products.
+    """The largest signed eigenvalue of the Hessian of `loss()`, by Lanczos iteration with Hessian-vector products:
+    (eigenvalue, products used, relative residual |Hv - ev| / |e|).
 
     scaled: of the Hessian in coordinates relative to each filter's norm, which does not change when a filter and the
-    BatchNorm behind it are rescaled. Returns (eigenvalue, products used, relative residual |Hv - ev| / |e|). What does
-    not converge to `tolerance` in so many restarts is tried once more, to 100 times of it, then taken as it comes.
-    """
+    BatchNorm behind it are rescaled. iterations: restarts to converge in, then `tolerance` is widened."""
     parameters = list(parameters)
     flat = lambda tensors: torch.cat([tensor.flatten() for tensor in tensors])
     units = flat(filter_norms(p).detach().expand_as(p) if scaled else torch.ones_like(p) for p in parameters)
     gradient = flat(torch.autograd.grad(loss(), parameters, create_graph=True))
-    products = 0
+    products, n = 0, len(units)
 
     def product(vector):
         nonlocal products
@@ -103,7 +81,6 @@ def largest_eigenvalue(loss, parameters, scaled=False, tolerance=1e-4, iteration
         image = torch.autograd.grad(gradient, parameters, direction, retain_graph=True)
         return (units * flat(image)).cpu().numpy()
 
-    n = len(units)
     hessian = LinearOperator((n, n), matvec=product, dtype=np.float32)
     start = torch.randn(n, generator=generator(seed, "eigenvector")).numpy()
     for widened in (tolerance, 100 * tolerance, 1e30):  # the last one is always met

@@ -1,9 +1,6 @@
 """One short loop for every method and every network: one backward of the summed loss, one optimizer.
 
-The learning rate and all randomness are pure functions of the step: a resumed run goes on as an uninterrupted one
-would, to the last bit on a CPU with the same threads, and with one seed every method begins from the same weights of
-Net1 and sees the same augmented batches in the same order.
-"""
+The learning rate and all randomness are functions of the step: resumed runs and paired methods match exactly."""
 
 import gc
 import math
@@ -26,13 +23,9 @@ from ..randomness import derive
 from . import checkpoint, measure, metrics
 from .execution import GraphedCallable, StepsInFlight, fast, pick_device, precision, settings
 from .network_parallel import Ranks
-from .provenance import here
 
-EVAL_BATCH = {"cpu": 125, "cuda": 500}
-"""Images evaluated at once: more leave the caches of a CPU, fewer do not fill a GPU."""
-
-EVAL_PIXELS = 500 * 64 * 64
-"""Evaluation batches of larger images have fewer: 64 channels of a 3x3-stem network are then 0.5 GB in float32."""
+EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images evaluated at once: more leave a CPU's caches, fewer do not fill a GPU
+EVAL_PIXELS = 500 * 64 * 64  # 64 channels of so many are 0.5 GB in float32: of larger images there are fewer at once
 
 
 class Diverged(UserError):
@@ -40,10 +33,10 @@ class Diverged(UserError):
 
     def __init__(self, run, epoch, step, lr):
         super().__init__(run, epoch, step, lr)  # constructor arguments, for unpickling
-        self.run, self.epoch, self.step, self.lr = run, epoch, step, lr
+        self.epoch, self.step, self.lr = epoch, step, lr
 
     def __str__(self):
-        return f"{self.run}: the loss is not finite in epoch {self.epoch}, step {self.step}, lr {self.lr:g}"
+        return "{}: the loss is not finite in epoch {}, step {}, lr {:g}".format(*self.args)
 
 
 def learning_rate(run, step, steps_per_epoch):
@@ -60,37 +53,21 @@ def build(run, slot):
         return run.network(slot)
 
 
-def train(
-    run,
-    folder,
-    device="auto",
-    *,
-    stop=lambda: None,
-    progress=lambda **message: None,
-    time_limit=None,
-    ranks=None,
-    bf16=None,
-    graphs=True,
-    checkpoint_seconds=checkpoint.SECONDS,
-):
+def train(run, folder, device="auto", *, progress=lambda **message: None, ranks=None, bf16=None, graphs=True, **pauses):
     """Train one run to its end, or on from its checkpoint in `folder`. Returns (result, files), what its record holds.
-
-    stop() is asked after every step; a true answer (the reason) checkpoints and raises Stopped.
-    progress(**message) hears of each epoch, and of the step every other second.
-    time_limit, in seconds: give up with Stopped once the measured speed says that the run will not end in it.
+    progress(**message) hears of each epoch, and of the step every other second. graphs: whether to use CUDA graphs.
     ranks: the processes that train it together; the first one returns the record, the others None.
     bf16: whether to use bfloat16, by default where it pays on this device; a checkpoint decides for itself.
-    graphs: whether a GPU may capture CUDA graphs. checkpoint_seconds: how often the state is saved.
+    pauses: stop, time_limit and checkpoint_seconds, see `checkpoint.Pauses`, which raises Stopped.
     Raises Diverged for a loss that is not finite, NoDevice for a device that cannot be used, and GraphFailed where a
-    graph cannot be captured: nothing more must then be trained in this process.
-    """
+    graph cannot be captured: nothing more must then be trained in this process."""
     device = pick_device(device)
     check_usable(device)
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), settings(device):
             training = Training(run, device, fast(device, bf16, graphs), ranks, progress)
-            pauses = checkpoint.Pauses(training, folder, stop, time_limit, checkpoint_seconds)
+            pauses = checkpoint.Pauses(training, folder, **pauses)
             training.fit(pauses)
             return measure.final(training, pauses)
     except BaseException as error:
@@ -124,12 +101,10 @@ def check_usable(device):
 
 class Material:
     """What a run brings to the loop: networks, splits, the batches of an epoch, and how images enter a network.
-
-    splits: {"train", "test", "holdout"} -> data.Split on the device, by default those of the run's data set.
-    """
+    splits: {"train", "test", "holdout"} -> data.Split on the device, by default those of the run's data set."""
 
     def __init__(self, run, device, splits=None):
-        self.run, self.device = run, device
+        self.run, self.device, self.network = run, device, partial(build, run)
         self.splits, self.checksum = (splits, None) if splits else data.splits(run, device)
         train = self.splits["train"]
         self.loader = TrainingBatches(train.images, run.augment)
@@ -137,9 +112,6 @@ class Material:
         height, width = self.splits["test"].images.shape[1:3]
         # fewer large images, but never below a training batch, which takes more memory
         self.eval_batch = min(EVAL_BATCH[device.type], max(run.batch_size, EVAL_PIXELS // (height * width)))
-
-    def network(self, slot):
-        return build(self.run, slot)
 
     def epoch(self, epoch, first, steps):
         """Batches `first` to `steps` of an epoch: uint8 images (B, H, W, C), target (B,), what `transform` needs."""
@@ -170,14 +142,10 @@ class Training:
         self.loss = partial(METHODS[run.method], betas=run.betas)
         if "sila" in run.method:
             self.loss.keywords["coupling"] = run.coupling
-        self.optimizer = torch.optim.SGD(
-            chain(*(net.parameters() for net in self.nets.values())),
-            lr=run.lr if device.type == "cpu" else torch.tensor(run.lr, device=device),
-            momentum=run.momentum,
-            nesterov=run.nesterov and run.momentum > 0,
-            weight_decay=run.weight_decay,
-            fused=speed.fused,
-        )
+        parameters = chain(*(net.parameters() for net in self.nets.values()))
+        lr = run.lr if device.type == "cpu" else torch.tensor(run.lr, device=device)
+        momentum = {"momentum": run.momentum, "nesterov": run.nesterov and run.momentum > 0}
+        self.optimizer = torch.optim.SGD(parameters, lr, **momentum, weight_decay=run.weight_decay, fused=speed.fused)
         images = len(self.splits["train"])
         self.steps_per_epoch = images // run.batch_size
         if self.steps_per_epoch == 0:
@@ -194,8 +162,6 @@ class Training:
         """A method, as a CUDA graph where `speed` asks for it. It does not keep this object and its memory alive."""
         function = partial(method, weakref.proxy(self), **arguments)
         return GraphedCallable(function) if self.graphed else function
-
-    # -- the loop
 
     def fit(self, pauses):
         steps_in_flight = StepsInFlight(self.device)
@@ -214,11 +180,8 @@ class Training:
     def set_step(self):
         """What depends on the number of the step; `update` is the same work in every step."""
         lr = learning_rate(self.run, self.step, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            if torch.is_tensor(group["lr"]):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        (group,) = self.optimizer.param_groups
+        group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
         if self.device.type == "cuda" and any(self.dropout.values()):
             # one seed a step: a captured graph takes it when it is replayed, and Net1's masks are drawn first
             part = [self.ranks.rank] if self.ranks.rank else []
@@ -254,18 +217,16 @@ class Training:
         """Evaluate on the test images and add a row for each head to the history. Raises Diverged."""
         means = (self.sums / self.steps_per_epoch).tolist()  # here the host waits for the device
         self.sums.zero_()
-        began = time.monotonic()
-        lr = learning_rate(self.run, self.step - 1, self.steps_per_epoch)
+        began, lr = time.monotonic(), learning_rate(self.run, self.step - 1, self.steps_per_epoch)
         self.at_test = self.predict(self.splits["test"].images)
         test = metrics.summaries(self.at_test, self.splits["test"].labels)
         norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
-        seconds = {"seconds_train": began - self.epoch_began, "seconds_test": time.monotonic() - began}
+        seconds = round(began - self.epoch_began, 4), round(time.monotonic() - began, 4)
         rows = [
             {"epoch": epoch + 1, "head": head, "lr": lr}
             | dict(zip(metrics.STATISTICS, values))
             | {f"test_{k}": v for k, v in at_test.items()}
-            | {"weight_norm": norm}
-            | {k: round(v, 4) for k, v in seconds.items()}
+            | {"weight_norm": norm, "seconds_train": seconds[0], "seconds_test": seconds[1]}
             for head, values, at_test, norm in zip(self.heads, means, test, cycle(torch.stack(norms).tolist()))
         ]
         rows = list(chain(*self.ranks.gather(rows)))
@@ -277,15 +238,10 @@ class Training:
     @torch.no_grad()
     def predict(self, images, slot=None):
         """float32 logits (n, N) of every head here, or of one slot's, in evaluation mode."""
-        if slot not in self.captured_forwards:
-            slots = None if slot is None else [slot]
-            self.captured_forwards[slot] = self.captured(Training.forward, slots=slots)
-        forward = self.captured_forwards[slot]
+        slots = None if slot is None else [slot]
+        forward = self.captured_forwards.setdefault(slot, self.captured(Training.forward, slots=slots))
         batches = [forward(batch) for batch in in_batches(images, self.material.eval_batch)]
         return [torch.cat(head) for head in zip(*batches)]
 
     def report(self, **more):
         self.progress(run=self.run, step=self.step, total=self.total, **more)
-
-    def here(self):
-        return here(self.device, self.ranks, self.dtypes, self.graphed)
