@@ -261,6 +261,10 @@ def test_a_run_that_diverged_counts_with_chance_in_top1_and_hinders_the_rest(res
     assert top1.gains[2] == pytest.approx((8 * 2.6 - 2 * 49) / 10) and top1.verdict == "undecided"
     assert (nll.verdict, nll.remark.split(";")[0]) == ("no verdict", "SiLa seed 2 diverged")
     assert claim.verdict == "no verdict"
+    # a run that failed in another way, a full disk or an error of ours, is a missing one
+    records.write_failure(folder, "no space", traceback="")
+    (claim,) = judge_all(evidence(found.grids, kept), ["1"])
+    assert claim.verdict == "so far, 2 of 3 seeds" and set(claim.primary[0].gains) == {0, 1}
 
 
 def test_a_field_that_old_records_lack_is_not_run():

@@ -55,8 +55,9 @@ def measured(grid, records, metrics, exhibit=""):
 
 
 def diverged(run, records):
-    """Whether training failed: then the run counts with the top-1 of `chance`, and with nothing else."""
-    return run not in records and failure(run) is not None
+    """Whether the loss was not finite: the run counts with the top-1 of `chance`, and with nothing else. A run that
+    failed in another way is missing."""
+    return run not in records and "lr" in (failure(run) or {})
 
 
 def chance(run):
