@@ -51,10 +51,10 @@ def parser():
         sub.set_defaults(action=action, wrong_usage=sub.error)
         return sub.add_argument
 
-    def with_grid(option, **optional):
+    def with_grid(option, profile="quick", **optional):
         every = [*EXHIBITS, "all"]
         option("exhibit", choices=every, metavar="EXHIBIT", help=", ".join(every), **optional)
-        option("--profile", default="quick", choices=PROFILES, help="default: quick")
+        option("--profile", default=profile, choices=PROFILES, help=f"default: {profile or 'a word on each'}")
         option("--seeds", type=at_least(0), nargs="+", metavar="N", help="default: the profile's own")
 
     def with_training(option):
@@ -72,7 +72,7 @@ def parser():
     with_grid(option)
     with_training(option)
     option = command("status", "what is done, running, pending or failed, and the time left", status)
-    with_grid(option, nargs="?", default="all")
+    with_grid(option, profile=None, nargs="?", default="all")
     option = command("report", "train what is missing, execute the notebooks and render the HTML report", report)
     with_grid(option, nargs="?", default="all")
     with_training(option)
@@ -147,6 +147,10 @@ def report(options):
 def status(options):
     from .analysis import status
 
+    if options.profile is None and options.exhibit == "all" and not options.seeds:
+        print(*status.summary(), sep="\n")
+        return
+    options.profile = options.profile or "quick"
     print(*status.lines(options.profile, options.seeds, grids(options)), sep="\n")
 
 

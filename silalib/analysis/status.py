@@ -1,21 +1,68 @@
-"""What `python -m silalib status` prints: what is done, what failed and why, and about how long the rest takes."""
+"""What `python -m silalib status` prints: the answer, what is done, what failed and why, how long the rest takes."""
 
+import json
 from collections import Counter
+from contextlib import suppress
 from itertools import chain
 
-from .. import data
-from ..experiments import tiers
-from ..launch.estimate import seconds_left
-from ..launch.progress import duration
+from .. import __version__, data
+from ..errors import UserError
+from ..experiments import PROFILES, tiers
+from ..files import ROOT, results_folder, sha256, to_json, write_atomically
 from ..records import damage, failure, find, load, state
-from ..training.execution import pick_device
-from . import claims, tables
 
 LABELS = ("done", "running", "started", "pending", "failed", "damaged")
 
 
+def recall():
+    """{"lines", "markdown"} from results/answer.json while the records are those that it was made of; else made
+    anew, and kept there. A results folder without such records has the answer that came with the code."""
+    folder = results_folder("*").parent
+    if not any(folder.glob(f"{profile}/runs/*/result.json") for profile in PROFILES[1:]):
+        folder = ROOT / "results"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads((folder / "answer.json").read_bytes())
+        if folder != results_folder("*").parent or kept["key"] == key():
+            return kept
+    from . import answer  # which imports what takes a second
+
+    made = keep(answer.answer(answer.collect()))
+    with suppress(OSError, UserError):  # a folder that cannot be written
+        write_atomically(folder / "answer.json", to_json(made))
+    return made
+
+
+def keep(whole):
+    """What results/answer.json holds of an `answer.Answer`."""
+    from . import answer
+
+    return {"key": key(), "lines": answer.in_lines(whole), "markdown": answer.in_markdown(whole)}
+
+
+def key():
+    """A checksum of the records that the answer is made of, by their seals and the sizes of their files."""
+    root, names = results_folder("*").parent, ("result.sha256", "result.json", "history.csv", "noise.csv")
+    found = [path for p in PROFILES[1:] for name in names for path in sorted(root.glob(f"{p}/runs/*/{name}"))]
+    told = [f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in found]
+    seals = b"".join(path.read_bytes() for path in found if path.suffix == ".sha256")
+    return sha256("\n".join([__version__, *told]).encode() + seals)
+
+
+def summary():
+    """The lines for all profiles: the answer, and how many records each has."""
+    yield from recall()["lines"]
+    yield f"Records in {results_folder('*').parent}:"
+    for profile in PROFILES:
+        runs = tiers(profile)
+        yield f"  {profile:6} {sum(find(run) is not None for run in runs)} of {len(runs)} runs"
+    yield "python -m silalib status --profile PROFILE tells more"
+
+
 def lines(profile, seeds, grids):
     """The lines for a profile. seeds: those asked for, or None; grids: exhibit -> its runs."""
+    from ..launch.estimate import hours, seconds_left
+    from . import claims, tables
+
     states = {run: state(run) for run in dict.fromkeys(chain(*grids.values()))}
     judged = claims.judge(profile, seeds)
     yield f"profile {profile}; {claims.score(judged)}"
@@ -38,14 +85,13 @@ def lines(profile, seeds, grids):
     lacking = {run for run in left if data.dataset(run.dataset).prepared and not data.is_available(run.dataset)}
     seconds = seconds_left([run for run in left if run not in lacking], records)
     tier = tiers(profile)
-    last, unit = max(tier.values()), "GPU" if pick_device("auto").type == "cuda" else "core"
+    last = max(tier.values())
     for number in sorted(set(tier.values())):
         mine = {run for run in states if tier.get(run, last) == number}  # what no profile plans is last
         text = f"tier {number}: " if last > 1 else ""
         text += f"{len(mine.intersection(done))} of {len(mine)} runs done"
         if needed := sum(seconds.get(run, 0) for run in mine):
-            hours = f"{needed / 3600:.1f} {unit}-hours" if needed >= 3600 else f"{duration(needed)} of one {unit}"
-            text += f", about {hours} left at this machine's speed"
+            text += f", about {hours(needed)} left at this machine's speed"
         if wanting := mine & lacking:
             titles = sorted({data.dataset(run.dataset).title for run in wanting})
             text += f", and {len(wanting)} that need your {', '.join(titles)}"

@@ -10,6 +10,7 @@ from .. import data
 from ..models import count_macs
 from ..run import Run
 from ..training import execution, provenance, trainer
+from .progress import duration
 
 
 def seconds_left(left, records):
@@ -28,6 +29,15 @@ def seconds_left(left, records):
         if not seconds[run.nets[0]]:
             seconds[run.nets[0]], units[run.nets[0]] = timed_step(run, device), 1
     return {run: cost(run) * seconds[run.nets[0]] / units[run.nets[0]] for run in left}
+
+
+def hours(seconds):
+    """What `seconds_left` gives, in words: "12.5 core-hours"; where no CPU should do it, that too."""
+    device = execution.pick_device("auto").type
+    unit = "GPU" if device == "cuda" else "core"
+    if seconds < 3600:
+        return f"{duration(seconds)} of one {unit}"
+    return f"{seconds / 3600:,.1f} {unit}-hours" + (", a task for GPUs" if unit == "core" and seconds > 4e6 else "")
 
 
 def timed_step(run, device, images=32):

@@ -8,7 +8,7 @@ HEARTBEAT_SECONDS = 30  # how often a log file hears of runs that have not ended
 
 
 def duration(seconds):
-    """12 s, 3 min 05 s, 2 h 07 min, 5 days, 4 years."""
+    """12 s, 3 min 05 s, 2 h 07 min, 5 days, over a year."""
     seconds, days = round(seconds), round(seconds / 86400)
     if seconds < 60:
         return f"{seconds} s"
@@ -16,7 +16,7 @@ def duration(seconds):
         return f"{seconds // 60} min {seconds % 60:02d} s"
     if seconds < 48 * 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{days} days" if days < 2 * 365 else f"{round(days / 365)} years"
+    return f"{days} days" if days <= 365 else "over a year"
 
 
 def numbers(values):
