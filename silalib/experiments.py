@@ -274,11 +274,16 @@ def tiers(profile):
 
 
 def turns(profile):
-    """Every planned run -> its turn: lower ones are trained first, those of one turn the longest first. quick: all at
-    once; `short` and `paper`: seed by seed; `small`: three seeds of tier 1, for an interval, one of tier 2, the rest of
-    tier 1, the rest of tier 2 seed by seed, and of tier 3 MNIST, the regime, the others."""
+    """Every planned run -> its turn: lower ones are trained first, those of one turn the longest first. quick: page by
+    page, cheap ones first; `short` and `paper`: seed by seed; `small`: three seeds of tier 1, for an interval, one of
+    tier 2, the rest of tier 1, the rest of tier 2 seed by seed, and of tier 3 MNIST, the regime, the others."""
+    if profile == "quick":
+        first = ("fig5", "fig4", "fig6", "fig7", "equal_compute", "coupling", "variants", "regime", "choices", "table3")
+        turn = {name: first.index(name) if name in first else len(first) for name in EXHIBITS}
+        late = sorted(EXHIBITS, key=turn.get, reverse=True)  # a run that pages share has the turn of the earliest
+        return {run: (turn[name], 0) for name in late for run in EXHIBITS[name].grid(profile)}
     if profile != "small":
-        return {run: (0, run.seed * (profile != "quick")) for run in tiers(profile)}
+        return {run: (0, run.seed) for run in tiers(profile)}
     longer_and_shorter = set(regime(profile))
     part = {
         1: lambda run: 0 if run.seed < 3 else 2,

@@ -104,7 +104,7 @@ def table(answer):
 def said(effect):
     """What the rule says of an effect, in a cell of a table."""
     if effect.delta is None and not effect.exact:
-        return f"shown{statistics.seeds([effect.seeds], ', ')}, judges nothing" if effect.runs else "not run"
+        return fXX if effect.runs else "not run"
     return f"{effect.verdict} ({effect.remark})" if effect.remark else effect.verdict
 
 
@@ -112,12 +112,12 @@ def paragraphs(answer):
     """Heading -> what is to be said under it, as Markdown."""
     effects = {row.question: row.effect for row in answer.rows}
     alone, equal, calibrated = (effects[question] for question in (ALONE, EQUAL, CALIBRATED))
-    beside = f": {alone} of top-1 beside training alone, {alone.verdict}" if alone.runs else ""
-    advice = ADVICE.get(alone.verdict, "Not on this evidence: too few seeds are trained to say.")
+    beside = f": {alone} of top-1 over training alone ({alone.verdict})" if alone.runs else ""
+    advice = ADVICE.get(alone.verdict, "Too early to say: not all planned seeds are trained.")
     if isinstance(advice, dict):
         advice = advice.get(equal.verdict, f"Perhaps: it beats training alone. {OPEN}")
     if calibrated.runs:
-        advice += f" Calibration error, IND minus SiLa: {calibrated}, {calibrated.verdict}."
+        advice += f" Calibration error (ECE) of IND minus SiLa's: {calibrated} ({calibrated.verdict})."
     told = {
         "Does SiLa work?": f"{WORDS.get(alone.verdict, 'Not decided yet')}{beside}.",
         "Should I use it?": advice,
@@ -133,10 +133,11 @@ def which_hold(answer):
     groups = defaultdict(list)
     for name, (profile, claim) in answer.judged.items():
         if name in claims.CLAIMS:
+            word = "in progress" if claim.verdict.startswith("so far") else claim.verdict
             where = f" at `{profile}`" if profile and name != "8" else " by counting" * bool(profile)
-            groups["in progress" if claim.verdict.startswith("so far") else claim.verdict].append(f"{name}{where}")
-    parts = [f"{len(names)} {verdict} ({', '.join(names)})" for verdict, names in groups.items()]
-    return f"Of the paper's {len(claims.CLAIMS)} claims: {'; '.join(parts)}."
+            groups[word, where].append(name)
+    parts = [f"{word}{where}: {', '.join(names)}" for (word, where), names in sorted(groups.items())]
+    return f"Of the paper's claims 1 to {len(claims.CLAIMS)}: {'; '.join(parts)}."
 
 
 def what_is_left(answer):
@@ -146,10 +147,11 @@ def what_is_left(answer):
         judging = [run for run, tier in tiers(profile).items() if tier < 3]
         left = [run for run in judging if run not in evidence.records and claims.worth(run)]
         if left:
-            lines.append(f"`./run_all.sh {profile}` trains the {len(left)} of {len(judging)} judging runs still left")
-    told = "`python -m silalib status --profile small` says how many hours that takes on your machine"
-    done = "Every planned run is trained." if answer.found else "`./run_all.sh small` trains them."
-    return f"{'; '.join(lines)}. {told}." if lines else done
+            lines.append(f"{len(left)} of the {len(judging)} runs that judge `{profile}` are still missing")
+    if not lines:
+        return "Every planned run is trained." if answer.found else "`./run_all.sh small` trains on real data."
+    how = "`./run_all.sh small` goes on with them, `python -m silalib status --profile small` says for how many hours"
+    return f"{'; '.join(lines)}. {how}."
 
 
 def how_far(answer):

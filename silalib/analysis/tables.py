@@ -339,7 +339,7 @@ def scale(profile):
     if profile == "paper":
         return ""
     ours, papers = (schedule(table1(p)[0]) for p in (profile, "paper"))
-    return f"Not the paper’s scale: Table 1, for one, is trained for {ours}; in the paper for {papers}."
+    return f"Profile {profile} is smaller than the paper: Table 1, for one, is {ours}; in the paper {papers}."
 
 
 def stand_in(profile):
