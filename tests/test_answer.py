@@ -27,13 +27,13 @@ def alone(gains, profile="paper"):
 def test_a_verdict_is_said_in_a_word(verdict, word):
     told = answer.paragraphs(whole(paper=("1", GAINS[verdict])))
     assert told["Does SiLa work?"].startswith(f"{word}: ")
-    assert told["Does SiLa work?"].endswith(f"{verdict}.")
+    assert told["Does SiLa work?"].endswith(f"({verdict}).")
 
 
 def test_too_few_seeds_and_no_record_give_no_advice():
     told = answer.paragraphs(whole(paper=("1", GAINS["reproduced"][:2])))
     assert told["Does SiLa work?"].startswith("Not decided yet: ") and "so far, 2 of 3 seeds" in told["Does SiLa work?"]
-    assert told["Should I use it?"] == "Not on this evidence: too few seeds are trained to say."
+    assert told["Should I use it?"] == "Too early to say: not all planned seeds are trained."
     told = answer.paragraphs(answer.answer({}))
     assert told["Does SiLa work?"] == "Not known yet."
     assert "8 not run" in told["Which claims hold?"]

@@ -104,7 +104,7 @@ def table(answer):
 def said(effect):
     """What the rule says of an effect, in a cell of a table."""
     if effect.delta is None and not effect.exact:
-        return fXX if effect.runs else "not run"
+        return f"shown, judges nothing{statistics.seeds([effect.seeds], '; ')}" if effect.runs else "not run"
     return f"{effect.verdict} ({effect.remark})" if effect.remark else effect.verdict
 
 
