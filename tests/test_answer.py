@@ -5,16 +5,13 @@ import json
 import pytest
 from test_claims import GAINS, made_up
 
-from silalib.analysis import answer, claims, status
-from silalib.experiments import EXHIBITS
-
-GRIDS = {name: EXHIBITS[name].grid("paper") for name in EXHIBITS}
+from silalib.analysis import answer, status
 
 
 def whole(**found):
     """The answer of made-up evidence: profile -> (claim, gains)."""
     parts = {profile: made_up(*named, profile) for profile, named in found.items()}
-    return answer.answer({p: claims.Evidence(p, e.grids, e.records, e.plan, e.tables) for p, e in parts.items()})
+    return answer.answer(parts)
 
 
 def alone(gains, profile="paper"):
@@ -22,12 +19,18 @@ def alone(gains, profile="paper"):
 
 
 @pytest.mark.parametrize(
-    "verdict, word", [("reproduced", "Yes"), ("negligible", "No gain of interest"), ("contradicted", "No")]
+    "verdict, word",
+    [
+        ("reproduced", "Yes"),
+        ("negligible", "Not as claimed"),
+        ("contradicted", "Not as claimed"),
+        ("undecided", "Undecided"),
+    ],
 )
 def test_a_verdict_is_said_in_a_word(verdict, word):
     told = answer.paragraphs(whole(paper=("1", GAINS[verdict])))
     assert told["Does SiLa work?"].startswith(f"{word}: ")
-    assert told["Does SiLa work?"].endswith(f"({verdict}).")
+    assert told["Does SiLa work?"].endswith(f"points, 3 seeds, profile `paper` (claim 1: {verdict}).")
 
 
 def test_too_few_seeds_and_no_record_give_no_advice():
@@ -36,7 +39,7 @@ def test_too_few_seeds_and_no_record_give_no_advice():
     assert told["Should I use it?"] == "Too early to say: not all planned seeds are trained."
     told = answer.paragraphs(answer.answer({}))
     assert told["Does SiLa work?"] == "Not known yet."
-    assert "8 not run" in told["Which claims hold?"]
+    assert told["Which claims hold?"].endswith("not run: 1, 2, 3, 4, 5, 6, 7; reproduced by counting: 8.")
 
 
 def test_the_advice_waits_for_equal_compute():
@@ -50,7 +53,7 @@ def test_the_advice_follows_equal_compute(equal, advice):
     """Table 1 gains 2.5; what is left of it at equal compute is another claim's evidence."""
     rows = whole(paper=("1", GAINS["reproduced"])).rows
     other = whole(paper=("A", GAINS[equal])).rows
-    mixed = answer.Answer([rows[0], other[1], *rows[2:]], {}, {})
+    mixed = whole(paper=("1", GAINS["reproduced"]))._replace(rows=[rows[0], other[1], *rows[2:]])
     assert answer.paragraphs(mixed)["Should I use it?"].startswith(advice)
 
 

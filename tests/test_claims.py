@@ -10,8 +10,9 @@ import torch
 
 from silalib import experiments, records
 from silalib.analysis import claims
-from silalib.analysis.claims import VERDICTS, evidence, judge_all, score
-from silalib.analysis.statistics import ClaimVerdict, Effect, Pair, over_images
+from silalib.analysis.claims import VERDICTS, judge_all, score
+from silalib.analysis.evidence import evidence
+from silalib.analysis.verdict import ClaimVerdict, Effect, Pair, over_images
 from silalib.experiments import EXHIBITS, Exhibit
 from silalib.run import Run
 
@@ -266,11 +267,78 @@ def test_a_run_that_diverged_counts_with_chance_in_top1_and_hinders_the_rest(res
     assert claim.verdict == "so far, 2 of 3 seeds" and set(claim.primary[0].gains) == {0, 1}
 
 
-def test_a_field_that_old_records_lack_is_not_run():
+def test_a_field_that_old_records_lack_is_named():
     found = made_up("B", GAINS["reproduced"])
     for record in found.records.values():
         record.heads = [{}] * len(record.heads)
-    assert judge_all(found, ["B"])[0].verdict == "not run"
+    (claim,) = judge_all(found, ["B"])
+    assert claim.verdict == "no verdict" and "SiLa seed 0: not recorded" in claim.effects[0].remark
+
+
+def test_a_change_without_a_logarithm_gives_no_verdict_and_says_so():
+    """Noise that lowers the training NLL of one network: its seed is trained, and must not go missing."""
+    found = made_up("7", GAINS["reproduced"])
+    run = next(run for run in found.records if run.method == "sila" and run.seed == 1)
+    found.records[run].noise["nll"] = np.where(found.records[run].noise["sigma"] > 0, -5.0, 1.0)
+    (claim,) = judge_all(found, ["7"])
+    change = claim.primary[2]
+    assert (change.verdict, change.seeds) == ("no verdict", 2) and "without a logarithm" in change.remark
+    assert claim.verdict == "no verdict"
+
+
+def failed(results, runs):
+    for run in runs:
+        folder = results / "paper" / "runs" / run.key
+        folder.mkdir(parents=True, exist_ok=True)
+        records.write_failure(folder, "not finite", epoch=1, step=1, lr=0.1)
+
+
+def without(found, lost):
+    kept = {run: record for run, record in found.records.items() if run not in lost}
+    return evidence(found.grids, kept, found.profile)
+
+
+@pytest.mark.parametrize("name", ["1", "4", "5", "A"])
+def test_where_all_of_silas_runs_diverge_top1_is_that_of_chance(name, results):
+    found = made_up(name, GAINS["reproduced"])
+    lost = [run for run in found.records if run.method == "sila"]
+    failed(results, lost)
+    (claim,) = judge_all(without(found, lost), [name])
+    top1 = claim.primary[0]  # chance has no spread over seeds, nor has IND but for claim 4
+    assert claim.verdict == top1.verdict == ("contradicted" if name == "4" else "no verdict")
+    assert top1.seeds == 3 and top1.mean < -40
+    assert all(effect.verdict == "no verdict" for effect in claim.primary[1:] if effect.unit != "points")
+
+
+def test_a_run_that_diverged_outside_of_the_plan_hinders_nothing(results):
+    found = made_up("4", GAINS["reproduced"])
+    extra = [replace(run, seed=9) for run in found.grids["fig3"] if run.seed == 0]
+    failed(results, extra[1:])
+    grids = {"fig3": [*found.grids["fig3"], *extra]}
+    (claim,) = judge_all(evidence(grids, found.records, plan=found.grids["fig3"]), ["4"])
+    assert claim.verdict == "reproduced" and {run.seed for run in claim.runs} == {0, 1, 2}
+
+
+def test_signs_count_the_seeds_that_judge():
+    """Two planned seeds gain, four others lose more."""
+    found = made_up("6", (2.4, 2.5, -20.0))
+    plan = [run for run in found.records if run.seed < 2]
+    (claim,) = judge_all(evidence(found.grids, found.records, plan=plan), ["6"])
+    assert claim.effects[0].cells == "2 of 2" and claim.verdict == "reproduced"
+
+
+def test_table_2_judges_nothing_at_small():
+    grids = {"table2": experiments.table2("small", SEEDS)}
+    heads = lambda run: [dict(top1=50, top5=70, best=51, nll=2 + (run.method == "sila"))] * len(run.nets)
+    own = {run: SimpleNamespace(run=run, test={}, heads=heads(run)) for run in grids["table2"]}
+    (claim,) = judge_all(evidence(grids, own, "small"), ["1"])
+    assert claim.verdict == "judges nothing" and not claim.primary and len(claim.effects) == 4
+
+
+def test_the_papers_number_is_that_of_the_same_data_set():
+    """Table 3, MobileNet on CIFAR-100: 73.62 - 70.34 = 3.28 and 71.28 - 70.34 = 0.94, mean 2.11."""
+    (claim,) = judge_all(evidence({"table3": EXHIBITS["table3"].grid("small")}, {}, "small"), ["3"])
+    assert claim.primary[0].paper == pytest.approx(2.11)
 
 
 def test_exits_are_compared_with_those_of_the_same_network():
@@ -339,8 +407,26 @@ def test_in_words():
 
 def test_what_would_decide_it():
     """Spread 2.5, delta 0.79: 157 seeds, as t(0.975, 156) * 2.5 / sqrt(157) = 0.394 and 0.395 is half of delta."""
-    claim = judged("1", GAINS["undecided"])
-    text = claims.what_decides(claim.effects[0], "paper", {})
-    assert text.startswith("157 seeds would decide it by its spread, ")
-    assert text.endswith("to 6 seeds: `python -m silalib train table1 --profile paper --seeds 3 4 5`.")
-    assert "157 seeds would decide it" in claims.in_words(replace(claim, records={}))
+    claim = replace(judged("1", GAINS["undecided"]), records={})
+    text, _ = claims.what_decides(claim)
+    assert ": 157 seeds would decide it by its spread. One extension is allowed, to 6 seeds, judged at 99%, " in text
+    assert text.endswith("`python -m silalib train table1 --profile paper --seeds 3 4 5`.")
+    assert "157 seeds would decide it" in claims.in_words(claim)
+    assert list(claims.what_decides(judged("1", GAINS["reproduced"]))) == []
+
+
+@pytest.mark.parametrize("name, exhibit", [("A", "equal_compute"), ("4", "fig3"), ("6", "fig6"), ("B", "fig3")])
+def test_the_command_trains_what_the_effect_rests_on(name, exhibit):
+    for text in claims.what_decides(judged(name, GAINS["undecided"]), timed=False):
+        assert f"`python -m silalib train {exhibit} --profile paper --seeds 3 4 5`" in text
+
+
+def test_an_effect_that_only_bonferroni_leaves_open_is_named():
+    """Half-widths 0.2484 and, for two effects, 0.3583 of a spread of 0.1: 0.45 is above the one and below the other."""
+    good = Effect("good", "points", {0: 2.4, 1: 2.5, 2: 2.6}, 3, 0.5)
+    small = Effect("small", "points", {0: 0.1, 1: 0.2, 2: 0.3}, 3, 0.45)
+    claim = ClaimVerdict("1", "It helps", (good, small), "paper")
+    assert small.verdict == "negligible" and claim.verdict == "undecided"
+    (text,) = claims.what_decides(claim, timed=False)
+    # t(0.9875, 3) = 4.1765 and t(0.9875, 4) = 3.4954: half-widths 0.209 of four seeds, 0.156 of five (0.225 is asked)
+    assert text.startswith("small: 4 seeds would decide it by its spread.")

@@ -10,6 +10,7 @@ import pytest
 from test_claims import GAINS, made_up
 
 from silalib.analysis import claims
+from silalib.analysis.evidence import evidence
 from silalib.errors import UserError
 from silalib.experiments import EXHIBITS
 from silalib.files import ROOT
@@ -64,9 +65,9 @@ def test_profiles_are_never_mixed():
     """Table 1's records of one seed at one profile, Figure 6's of three at another."""
     grids = {name: EXHIBITS[name].grid("paper") for name in EXHIBITS}
     found = {"paper": made_up("6", GAINS["reproduced"]), "small": made_up("1", GAINS["reproduced"][:1])}
-    found = {profile: claims.evidence(grids, evidence.records, profile) for profile, evidence in found.items()}
-    for evidence in found.values():
-        for run, record in evidence.records.items():
+    found = {profile: evidence(grids, made.records, profile) for profile, made in found.items()}
+    for made in found.values():
+        for run, record in made.records.items():
             record.result = {"provenance": provenance(run)}
             record.heads = [{"top1": 50.0, "test_concentration": 7, "ece": 5.0} | head for head in record.heads]
             record.history = pd.DataFrame([(h, 50.0, 1.0) for h in (0, 1)], columns=["head", "test_top1", "train_nll"])

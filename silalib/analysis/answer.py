@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..experiments import PROFILES, tiers
+from ..experiments import PROFILES
 from ..losses import LABELS
-from . import claims, plots, statistics, tables
-from .claims import VERDICTS
-from .statistics import ClaimVerdict, Effect
+from . import claims, plots, tables
+from .evidence import TABLES, evidence
+from .statistics import plus_minus, seeds
+from .verdict import ClaimVerdict, Effect
 
 SHOWN = tuple(reversed(PROFILES[1:]))
 
@@ -30,23 +31,25 @@ QUESTIONS = {
 """A reader's question -> the claim, and the beginning of the name of its effect, that answers it."""
 
 WORDS = {
-    "reproduced": "Yes", "negligible": "No gain of interest", "contradicted": "No", "undecided": "Undecided",
-    "not run": "Not known yet", "no verdict": "Undecided",
+    "reproduced": "Yes", "negligible": "Not as claimed", "contradicted": "Not as claimed", "undecided": "Undecided",
+    "not run": "Not known yet", "no verdict": "No verdict",
 }  # fmt: skip
-
-OPEN = "It is not known yet whether it beats one network at the same compute."
+"""Verdict on claim 1 -> whether SiLa works."""
 
 ADVICE = {
     "reproduced": {
         "reproduced": "Yes, where two networks can be trained together: it also beats one network at the same compute.",
-        "negligible": "Not for accuracy: one network trained for twice as long gains as much for the same compute.",
-        "contradicted": "Not for accuracy: one network trained for twice as long gains more for the same compute.",
+        "negligible": "Hardly for accuracy: it gains nothing of interest over one network at the same compute.",
+        "contradicted": "Not for accuracy: one network gains more at the same compute.",
+        "": "Perhaps: it beats training alone; whether it beats one network at the same compute is open.",
     },
     "negligible": "Not for accuracy: it gains nothing of interest over training alone.",
     "contradicted": "Not for accuracy: it loses against training alone.",
     "undecided": "There is no reason yet: a gain in accuracy, if there is one, is lost in the spread over seeds.",
+    "no verdict": "There is no verdict on its accuracy.",
+    "": "Too early to say: not all planned seeds are trained.",
 }
-"""Verdict on the gain over training alone -> advice; where that is reproduced, by the verdict at equal compute."""
+"""Verdict on the gain in top-1 over training alone -> advice; where that is reproduced, by that at equal compute."""
 
 
 class Row(NamedTuple):
@@ -66,28 +69,29 @@ class Answer(NamedTuple):
 
 
 def collect():
-    """Profile -> its `claims.Evidence`, of those that have records; a damaged one is named and left out."""
+    """Profile -> its `evidence.Evidence`, of those that have records; a damaged one is named and left out."""
     found = {profile: claims.collect(profile) for profile in SHOWN}
     return {profile: evidence for profile, evidence in found.items() if evidence.records}
 
 
 def answer(found):
-    """The `Answer` of profile -> `claims.Evidence`."""
+    """The `Answer` of profile -> `evidence.Evidence`."""
     every = {profile: {claim.name: claim for claim in claims.judge_all(found[profile])} for profile in found}
+    every[""] = {claim.name: claim for claim in claims.judge_all(evidence({}, {}))}  # of what is counted without a run
     rows = []
     for question, (name, beginning) in QUESTIONS.items():
         sides = [(p, e) for p, judged in every.items() for e in judged[name].effects if e.name.startswith(beginning)]
         rows.append(Row(question, *best(sides, lambda effect: bool(effect.runs), Effect(beginning, ""))))
-    names = claims.CLAIMS | claims.OURS
-    nothing = {name: ClaimVerdict(name, claim, ()) for name, (claim, *_) in names.items()}
-    sides = {name: [(profile, judged[name]) for profile, judged in every.items()] for name in names}
-    judged = {name: best(sides[name], lambda claim: claim.verdict != "not run", nothing[name]) for name in names}
+    judged = {}
+    for name, (claim, *_) in (claims.CLAIMS | claims.OURS).items():
+        sides = [(profile, found[name]) for profile, found in every.items()]
+        judged[name] = best(sides, lambda claim: claim.verdict != "not run", ClaimVerdict(name, claim, ()))
     return Answer(rows, judged, found)
 
 
 def best(sides, known, nothing):
     """(profile, effect or claim): the first with a verdict, else the first with records, else ("", nothing)."""
-    with_verdict = [side for side in sides if side[1].verdict in VERDICTS]
+    with_verdict = [side for side in sides if side[1].verdict in claims.VERDICTS]
     return next(iter([*with_verdict, *(side for side in sides if known(side[1]))]), ("", nothing))
 
 
@@ -96,36 +100,34 @@ def table(answer):
     rows = []
     for question, profile, effect in answer.rows:
         paper = "-" if np.isnan(effect.paper) else f"{effect.paper:+.{effect.digits}f}"
-        ours = f"{effect} ({effect.name.split('(')[-1].rstrip(')')}; {profile})" if profile else "not run"
-        rows.append([question, paper, ours, said(effect)])
+        where = effect.name.partition("(")[2].rstrip(")")
+        ours = f"{effect}{seeds([effect.seeds], ', ')} ({where}; {profile})" if profile else "not run"
+        rows.append([question, paper, ours, effect.said])
     return pd.DataFrame(rows, columns=["question", "the paper", "ours", "verdict"])
-
-
-def said(effect):
-    """What the rule says of an effect, in a cell of a table."""
-    if effect.delta is None and not effect.exact:
-        return f"shown, judges nothing{statistics.seeds([effect.seeds], '; ')}" if effect.runs else "not run"
-    return f"{effect.verdict} ({effect.remark})" if effect.remark else effect.verdict
 
 
 def paragraphs(answer):
     """Heading -> what is to be said under it, as Markdown."""
-    effects = {row.question: row.effect for row in answer.rows}
-    alone, equal, calibrated = (effects[question] for question in (ALONE, EQUAL, CALIBRATED))
-    beside = f": {alone} of top-1 over training alone ({alone.verdict})" if alone.runs else ""
-    advice = ADVICE.get(alone.verdict, "Too early to say: not all planned seeds are trained.")
+    rows = {row.question: row for row in answer.rows}
+    profile, first = answer.judged["1"]
+    told = lambda name, row: f"{name} {row.effect}{seeds([row.effect.seeds], ', ')}, profile `{row.profile}`"
+    beside = f": {told('top-1 over training alone', rows[ALONE])}" if rows[ALONE].profile else ""
+    beside += f" (claim 1: {first.verdict})" if profile else ""
+    verdict = rows[ALONE].effect.verdict
+    advice = ADVICE.get(verdict, ADVICE[""])
     if isinstance(advice, dict):
-        advice = advice.get(equal.verdict, f"Perhaps: it beats training alone. {OPEN}")
-    if calibrated.runs:
-        advice += f" Calibration error (ECE) of IND minus SiLa's: {calibrated} ({calibrated.verdict})."
-    told = {
-        "Does SiLa work?": f"{WORDS.get(alone.verdict, 'Not decided yet')}{beside}.",
+        advice = advice.get(rows[EQUAL].effect.verdict, advice[""])
+    if rows[CALIBRATED].profile:
+        row = rows[CALIBRATED]
+        advice += f" Its calibration: {told('ECE of IND minus its own', row)} ({row.effect.said})."
+    paragraphs = {
+        "Does SiLa work?": f"{WORDS.get(first.verdict, 'Not decided yet')}{beside}.",
         "Should I use it?": advice,
         "Which claims hold?": which_hold(answer),
         "What would decide the rest?": what_is_left(answer),
         "How far is this from the paper?": how_far(answer),
     }
-    return {heading: text for heading, text in told.items() if text}
+    return {heading: text for heading, text in paragraphs.items() if text}
 
 
 def which_hold(answer):
@@ -134,37 +136,39 @@ def which_hold(answer):
     for name, (profile, claim) in answer.judged.items():
         if name in claims.CLAIMS:
             word = "in progress" if claim.verdict.startswith("so far") else claim.verdict
-            where = f" at `{profile}`" if profile and name != "8" else " by counting" * bool(profile)
-            groups[word, where].append(name)
+            groups[word, " by counting" if name == "8" else f" at `{profile}`" * bool(profile)].append(name)
     parts = [f"{word}{where}: {', '.join(names)}" for (word, where), names in sorted(groups.items())]
     return f"Of the paper's claims 1 to {len(claims.CLAIMS)}: {'; '.join(parts)}."
 
 
 def what_is_left(answer):
-    """How many of the runs that judge are not trained yet, and the command that trains them."""
+    """How many runs are missing of those that the verdicts rest on, and what would decide the undecided ones."""
     lines = []
-    for profile, evidence in answer.found.items():
-        judging = [run for run, tier in tiers(profile).items() if tier < 3]
-        left = [run for run in judging if run not in evidence.records and claims.worth(run)]
-        if left:
-            lines.append(f"{len(left)} of the {len(judging)} runs that judge `{profile}` are still missing")
+    for profile, found in answer.found.items():
+        effects = [effect for claim in claims.judge_all(found) for effect in claim.primary]
+        missing = {run for effect in effects for run in effect.awaited}
+        if missing:
+            every = missing | {run for effect in effects for run in effect.runs}
+            lines.append(f"At `{profile}` {len(missing)} of {len(every)} runs are missing: `./run_all.sh {profile}`.")
+    lines += [line for _, claim in answer.judged.values() for line in claims.what_decides(claim, timed=False)]
     if not lines:
-        return "Every planned run is trained." if answer.found else "`./run_all.sh small` trains on real data."
-    how = "`./run_all.sh small` goes on with them, `python -m silalib status --profile small` says for how many hours"
-    return f"{'; '.join(lines)}. {how}."
+        return "Every run that judges is trained." if answer.found else "`./run_all.sh small` trains on real data."
+    return " ".join([*lines, "`python -m silalib status --profile small` says how many hours that takes."])
 
 
 def how_far(answer):
     """How the profiles differ from the paper's protocol, and what a network reaches there that is trained alone."""
     lines = [tables.scale(profile) for profile in answer.found]
-    for name in claims.TABLES:
-        for evidence in answer.found.values():
-            done = [run for run in evidence.grids.get(name, ()) if run in evidence.records]
-            cells = tables.cells(done, evidence.records, ("top1",), name)
+    for name in TABLES:
+        for profile, found in answer.found.items():
+            done = [run for run in found.grids.get(name, ()) if run in found.records]
+            cells = tables.cells(done, found.records, ("top1",), name)
             alone = tables.over_seeds(cells[cells["value"].notna() & (cells["method"] == LABELS["ind"])])
             for row in alone.head(1).to_dict("records"):
-                own, paper = statistics.plus_minus(row["mean"], row["half"]), f"{row['paper']:.2f}%"
-                lines.append(f"Alone, {row['network']} reaches {own}% top-1 on {row['dataset']}, in the paper {paper}.")
+                own = f"{plus_minus(row['mean'], row['half'])}% top-1{seeds([row['n']], ' (')}, {profile})"
+                lines.append(
+                    f"Alone, {row['network']} reaches {own} on {row['dataset']}; the paper {row['paper']:.2f}%."
+                )
     return " ".join(filter(None, lines))
 
 
@@ -195,7 +199,7 @@ def figure(answer):
             ax.errorbar(mean / size, y, xerr=effect.half_width / size, fmt="o", color=plots.COLOURS["sila"])
             ax.plot(effect.paper / size, y, "D", color="black", fillstyle="none", markersize=9)
             ax.plot([(effect.delta or np.nan) / size] * 2, [y - 0.2, y + 0.2], color="#777777", linestyle=":")
-        told = f"{effect}\n{said(effect)}, {profile}" if profile else "not run"
+        told = f"{effect}\n{effect.said}, {profile}" if profile else "not run"
         ax.text(1.1, y, told, va="center", fontsize=9)
     ax.errorbar([], [], xerr=[], fmt="o", color=plots.COLOURS["sila"], label="ours, 95% over seeds")
     ax.plot([], [], "D", color="black", fillstyle="none", markersize=9, label="the paper")

@@ -1,4 +1,4 @@
-"""Which claims hold: each is a function of records that gives its effects, judged by `statistics.decide`.
+"""Which claims hold: each is a function of records that gives its effects, judged by `verdict.decide`.
 
 docs/protocol.md says what is judged, and stood there before the records did. An effect is a mean over cells (networks,
 exits, costs) for each seed, signed so that positive supports the claim. What reads tables also runs on the numbers that
@@ -6,7 +6,7 @@ the paper prints.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cache
 from math import log
 
@@ -15,72 +15,19 @@ import pandas as pd
 import torch
 
 from .. import data, early_exit
-from ..experiments import EXHIBITS, fig4, fig5, fig6, table1, table2, table3, tiers
-from ..launch.ensure import ensure
+from ..experiments import EXHIBITS, fig4, fig5, fig6, table1, table2, table3
 from ..launch.estimate import hours, seconds_left
 from ..losses import LABELS, SiameseLabelsLoss
 from ..models import count_parameters
 from . import tables
-from .statistics import ClaimVerdict, Effect, Pair, paired, seeds_to_decide
+from .evidence import TABLES, collect, of_field, of_head, pairs, printed, ratio  # noqa: F401  (printed: for pages)
+from .statistics import seeds
+from .verdict import ClaimVerdict, Effect, Pair, paired, seeds_to_decide
 
 VERDICTS = ("reproduced", "negligible", "contradicted", "undecided")
 
-TABLES = ("table1", "table2", "table3")
-
 RATIO = log(1.1)
 """Smallest ratio of interest, as its logarithm."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What claims are judged by: the grids of the exhibits and the records of those runs that are finished.
-
-    plan: all runs that the profile plans. tables: the numbers of Tables 1 to 3, in the form of `tables.measured`.
-    """
-
-    profile: str = "paper"
-    grids: dict = field(default_factory=dict)
-    records: dict = field(default_factory=dict)
-    plan: frozenset = frozenset()
-    tables: pd.DataFrame = None
-
-    def table(self, exhibit):
-        return self.tables[self.tables["exhibit"] == exhibit]
-
-
-def evidence(grids, records, profile="paper", plan=None):
-    """plan: by default the runs of the grids."""
-    frames = []
-    for table in TABLES:
-        paper = tables.printed(table)
-        frame = tables.measured(grids.get(table, ()), records, list(paper["metric"].unique()), table)
-        shown = set(zip(paper["dataset"], paper["metric"]))  # Table 3 has another metric for each data set
-        frames.append(frame.loc[[pair in shown for pair in zip(tables.in_the_paper(frame, paper), frame["metric"])]])
-    plan = frozenset(plan or (run for grid in grids.values() for run in grid))
-    # empty frames would change the types of columns
-    return Evidence(profile, grids, records, plan, pd.concat([frame for frame in frames if len(frame)] or frames[:1]))
-
-
-def printed():
-    """The paper's own Tables 1 to 3 as evidence: one number a cell gives means and signs, but no interval."""
-    return Evidence(tables=pd.concat([tables.printed(table) for table in TABLES]))
-
-
-def collect(profile, seeds=None, exhibits=EXHIBITS):
-    """The evidence of a profile: its records, trained before; a damaged one counts as missing.
-
-    Without seeds: those that are planned, and once more as many where they have records.
-    """
-    grids = {name: exhibit.grid(profile, seeds) for name, exhibit in exhibits.items()}
-    more = {}
-    for name, grid in grids.items() if seeds is None else ():
-        planned = 1 + max((run.seed for run in grid), default=-1)
-        more[name] = exhibits[name].grid(profile, list(range(planned, 2 * planned))) if planned else []
-    runs = dict.fromkeys(run for grid in [*grids.values(), *more.values()] for run in grid)
-    records = ensure(list(runs), profile, train=False)
-    for name, extension in more.items():
-        grids[name] = list(dict.fromkeys([*grids[name], *(run for run in extension if run in records)]))
-    return evidence(grids, records, profile, tiers(profile))
 
 
 def judge(profile, seeds=None, names=None):
@@ -100,34 +47,39 @@ def in_words(claim):
     """A judged claim as Markdown: the verdict, then a line for each effect, and what would decide it."""
     lines = [f"**{claim.claim}: {claim.verdict}.**\n"]
     for effect in claim.effects:
-        line = f"- {effect.name}: {str(effect) or 'no record'}"
-        if effect.runs:
-            line += f", {effect.seeds} seed{'s' * (effect.seeds != 1)}"
-        if effect in claim.primary and claim.profile != "quick":
-            line += f": {effect.verdict}" + (f" ({effect.remark})" if effect.remark else "")
-            line += f"; the smallest effect of interest is {effect.delta:.2f}" if effect.delta else ""
-        elif effect not in claim.primary:
+        line = f"- {effect.name}: {str(effect) or effect.hindered or 'no record'}"
+        line += seeds([effect.seeds], ", ") if effect.runs else ""
+        if effect not in claim.primary:
             line += " (shown, judges nothing)"
+        elif claim.profile != "quick":
+            line += f": {effect.said}"
+            line += f"; the smallest effect of interest is {effect.delta:.{effect.digits}f}" if effect.delta else ""
         lines.append(line + ".")
-        if effect.delta and claim.profile != "quick" and effect.verdict == "undecided":
-            lines.append(f"  {what_decides(effect, claim.profile, claim.records)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {line}" for line in what_decides(claim))])
 
 
-def what_decides(effect, profile, records):
-    """A sentence: how many seeds would decide an effect, how long they take here, and what trains the next ones."""
-    if effect.extended:
-        return "It has been extended once, which is all that the protocol allows."
-    n, more = seeds_to_decide(effect.values, effect.delta), range(effect.planned, 2 * effect.planned)
-    exhibit = next(name for name, value in EXHIBITS.items() if set(effect.runs) & set(value.grid(profile)))
-    methods = {run.method for run in effect.runs}
-    runs = [run for run in EXHIBITS[exhibit].grid(profile, list(more)) if run.method in methods]
-    seconds = sum(seconds_left(runs, records).values()) / len(more) * (n - effect.seeds)
-    return (
-        f"{n} seeds would decide it by its spread, {hours(seconds)} more at this machine's speed. One extension is "
-        f"allowed, to {2 * effect.planned} seeds: `python -m silalib train {exhibit} --profile {profile} --seeds "
-        f"{' '.join(map(str, more))}`."
-    )
+def what_decides(claim, timed=True):
+    """What would decide an undecided claim, a sentence for each effect that is open: how many seeds, how long the
+    extension takes here, if it is to be timed, and what trains it."""
+    level = 1 - 0.05 / max(1, len(claim.primary))
+    for effect in claim.primary if claim.verdict == "undecided" else ():
+        if effect.verdict == "reproduced":
+            continue
+        if effect.extended:
+            yield f"{effect.name}: extended once, which is all that the protocol allows."
+            continue
+        grids = {name: exhibit.grid for name, exhibit in EXHIBITS.items()}
+        holding = [name for name in grids if set(effect.runs) <= set(grids[name](claim.profile))]
+        exhibit = min(holding, key=lambda name: len(grids[name](claim.profile)))
+        more = range(effect.planned, 2 * effect.planned)
+        n = seeds_to_decide(effect.values, effect.delta, 0.95 if effect.verdict == "undecided" else level)
+        left = grids[exhibit](claim.profile, list(more)) if timed else ()
+        long = f", {hours(sum(seconds_left(left, claim.records).values()))} at this machine's speed" if timed else ""
+        command = f"train {exhibit} --profile {claim.profile} --seeds {' '.join(map(str, more))}"
+        yield (
+            f"{effect.name}: {n} seeds would decide it by its spread. One extension is allowed, to "
+            f"{2 * effect.planned} seeds, judged at 99%{long}: `python -m silalib {command}`."
+        )
 
 
 def score(judged):
@@ -151,40 +103,33 @@ def scope(better):
 def of_tables(found, names, method, over, deltas, metrics):
     """Effects of a method over another in tables: primary in the metrics that deltas has, shown in the others.
 
-    deltas: metric -> table, or "small", -> delta. With one metric the signs of all are counted. A table whose data must
-    be one's own and are not here is left out.
+    deltas: metric -> table, or "small", -> delta. At `small` Table 2, with a single data set of one's own, judges
+    nothing. With one metric the signs of all are counted.
     """
     for name in names:
         better = tables.gains(found.table(name), method, over)
-        better = better[better["run"].map(worth).astype(bool)]
+        better = better[better["run"].map(found.counts).astype(bool)]
         paper = tables.gains(tables.printed(name), method, over)
-        if found.profile == "small" and name == "table2":
-            continue
         for metric in [metric for metric in metrics if metric in set(better["metric"])]:
             rows, own = better[better["metric"] == metric], paper[paper["metric"] == metric]
-            same = own[own["pair"].isin(set(rows["pair"]))]
+            beside = set(zip(tables.in_the_paper(rows, paper), rows["pair"]))
+            same = own[[key in beside for key in zip(own["dataset"], own["pair"])]]
             delta = deltas.get(metric, {}).get("small" if found.profile == "small" else name)
-            title = (
-                f"{tables.METRICS[metric].replace('Top', 'top')}, {LABELS[method]} over {LABELS[over]} ({scope(rows)})"
+            delta = None if (found.profile, name) == ("small", "table2") else delta
+            what = tables.METRICS[metric].replace("Top", "top")
+            title = f"{what}, {LABELS[method]} over {LABELS[over]} ({scope(rows)})"
+            pairs = [
+                Pair((row.dataset, row.pair, row.net), row.seed, row.gain, row.run, row.run_over, row.net - 1,
+                     row.net_over - 1, "" if np.isfinite(row.gain) else found.why((row.run, row.run_over), "no number"))
+                for row in rows.itertuples()
+            ]  # fmt: skip
+            more = dict(delta=delta, paper=same["gain"].mean())
+            if len(metrics) == 1:
+                signs = better.groupby(["dataset", "pair", "net", "metric"])["gain"].mean().dropna() > 0
+                more |= dict(wins=int(signs.sum()), total=len(signs), counted=" in all metrics")
+            yield paired(
+                title, "nats" if metric == "nll" else "points", pairs, found.plan, found.records, metric, **more
             )
-            unit = "nats" if metric == "nll" else "points"
-            lost = hindrance(rows["run"], rows["run_over"], found.records) if metric != "top1" else ""
-            cells = (better if len(metrics) == 1 else rows).groupby(["dataset", "pair", "net", "metric"])["gain"]
-            signs = cells.mean().dropna() > 0
-            counts = dict(wins=int(signs.sum()), total=len(signs))
-            more = dict(delta=delta, hindered=lost, paper=same["gain"].mean(), **counts)
-            yield tables.effect(title, unit, better, metric, found.plan, found.records, **more)
-
-
-def worth(run):
-    """Whether a run counts among the planned cells: its data are here, or can be downloaded."""
-    return run is None or not data.dataset(run.dataset).prepared or data.is_available(run.dataset)
-
-
-def hindrance(runs, others, records):
-    """Why runs give no verdict: "SiLa seed 3 diverged"; ""."""
-    lost = dict.fromkeys(run for run in [*runs, *others] if run is not None and tables.diverged(run, records))
-    return ", ".join(f"{LABELS[run.method]} seed {run.seed} diverged" for run in lost)
 
 
 def every_cell(found):
@@ -209,20 +154,19 @@ def autoaugment(found):
     frame = found.table("table3")
     small = found.profile == "small"
     own = frame[frame["dataset"] == data.DATASETS["cifar100"].title] if small else frame
-    chosen = Evidence(found.profile, found.grids, found.records, found.plan, own)
+    chosen = replace(found, tables=own)
     deltas = {"top1": {"small": 1.05, "table3": 0.50}}
     yield from of_tables(chosen, TABLES[2:], "sila", "ind", deltas, ("top1",))
     if small:
-        rest = Evidence(found.profile, found.grids, found.records, found.plan, frame.drop(own.index))
-        yield from of_tables(rest, TABLES[2:], "sila", "ind", {}, ("top1",))
+        yield from of_tables(replace(found, tables=frame.drop(own.index)), TABLES[2:], "sila", "ind", {}, ("top1",))
 
 
 def easier_to_train(found):
     """Claim 4: test top-1, mean over the epochs; and the distance of Net1 and Net2 against that in IND's pair."""
-    top1 = lambda record, head: of_head(record.history, head)["test_top1"].mean()
+    mean = lambda record, head: of_head(record.history, head)["test_top1"].mean()
     where = "Figure 3, ResNet18 pair"
     name = f"top-1, mean over the epochs, SiLa over IND ({where}, 2 networks)"
-    yield compared(found, name, "points", pairs(found, "fig3", "sila", "ind", top1), 0.70)
+    yield compared(found, name, "points", pairs(found, "fig3", "sila", "ind", mean, top1=True), 0.70)
     apart = [pair for pair in pairs(found, "fig3", "sila", "ind", ratio(distance, turned=True)) if pair.head == 0]
     yield compared(found, f"distance of Net1 and Net2, IND over SiLa ({where})", "log ratio", apart, RATIO)
 
@@ -238,33 +182,43 @@ def exits(found):
 
     Anytime is a mean over exits, budgeted over the costs that all curves reach. `small` is judged by the five blocks.
     """
-    top1 = lambda record, head: record.heads[head]["top1"]
-    rows = [pair for pair in pairs(found, "fig5", "sila", "ind", top1) if worth(pair.run)]
+    rows = [pair for pair in pairs(found, "fig5", "sila", "ind", of_field("top1"), top1=True) if found.counts(pair.run)]
     judged = {run for run in found.grids.get("fig4", ()) if found.profile == "small"}
     own = [pair for pair in rows if not judged or pair.run in judged]
     name = "top-1 of the exits (anytime), SiLa over IND (Figure 5, {})"
-    yield compared(found, name.format(f"{len({p.cell for p in own})} exits"), "points", own, 0.50, metric="top1")
+    yield compared(found, name.format(count(len({pair.cell for pair in own}), "exit")), "points", own, 0.50, "top1")
     if rest := [pair for pair in rows if pair not in own]:
         blocks = {pair.run.n_heads for pair in rest}
         yield compared(found, name.format(f"{', '.join(map(str, blocks))} blocks"), "points", rest, None)
     networks = defaultdict(list)
-    for pair in pairs(found, "fig4", "sila", "ind", lambda record, head: 0.0):
-        if pair.head == 0 and worth(pair.run):
+    for pair in pairs(found, "fig4", "sila", "ind", lambda record, head: 0.0, top1=True):
+        if pair.head == 0 and found.counts(pair.run):
             networks[pair.cell].append(pair)
     rows = []
     for planned in networks.values():
-        done = [pair for pair in planned if pair.gain == 0]
-        runs = [pair.run for pair in done], [pair.run_over for pair in done]
-        curves = [[early_exit.budgeted(found.records[run]) for run in side] for side in runs]
-        gains = dict(zip(done, tables.gains_at_equal_costs(*curves).mean(axis=1)))
+        limit = paired("", "", planned, found.plan, found.records)
+        done = [pair for pair in planned if np.isfinite(pair.gain) and pair.seed in limit.seeds_that_judge]
+        curves = [[curve(found, run) for run in side] for side in zip(*((pair.run, pair.run_over) for pair in done))]
+        gains = dict(zip(done, tables.gains_at_equal_costs(*curves).mean(axis=1))) if done else {}
         rows += [pair._replace(gain=gains.get(pair, np.nan)) for pair in planned]
-    name = f"top-1 at equal average costs (budgeted), SiLa over IND (Figure 4, {len(networks)} networks)"
+    name = f"top-1 at equal average costs (budgeted), SiLa over IND (Figure 4, {count(len(networks), 'network')})"
     yield compared(found, name, "points", rows, 0.50)
+
+
+def curve(found, run):
+    """Top-1 against average cost; of a run that diverged that of chance, whatever the cost."""
+    if run in found.records:
+        return early_exit.budgeted(found.records[run])
+    return pd.DataFrame({"macs": [0.0, 1e30], "top1": [tables.chance(run)] * 2})
+
+
+def count(n, what):
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def concentrated(found):
     """Claim 6: the scatter ratio of the test features, IND over SiLa."""
-    scatter = ratio(lambda record, head: record.heads[head]["test_concentration"], turned=True)
+    scatter = ratio(of_field("test_concentration"), turned=True)
     name = "scatter ratio of the features, IND over SiLa (Figure 6, 2 networks)"
     yield compared(found, name, "log ratio", pairs(found, "fig6", "sila", "ind", scatter), RATIO)
 
@@ -284,7 +238,8 @@ def robust(found):
 def change(record, head, kind="absolute"):
     """Change of training NLL under noise on the parameters, mean over the draws and over sigma above 0 (Figure 7b)."""
     noise = of_head(record.noise, head).query("kind == @kind")
-    return noise[noise["sigma"] > 0]["nll"].mean() - noise[noise["sigma"] == 0]["nll"].mean()
+    parts = [noise.loc[chosen, "nll"].mean(skipna=False) for chosen in (noise["sigma"] > 0, noise["sigma"] == 0)]
+    return parts[0] - parts[1]
 
 
 def nothing_added(found):
@@ -307,19 +262,19 @@ def added_parameters(loss=SiameseLabelsLoss):
 
 def equal_compute(found):
     """Ours, A: SiLa's Net1 against IND alone with twice the epochs."""
-    top1 = lambda record, head: record.heads[head]["top1"]
-    grid = found.grids.get("equal_compute", ())
-    longer = {run.seed: run for run in grid if run.method == "ind" and len(run.nets) == 1}
-    rows = pairs(found, "equal_compute", "sila", "ind", top1, longer)
+    longer = {
+        run.seed: run for run in found.grids.get("equal_compute", ()) if run.method == "ind" and len(run.nets) == 1
+    }
+    rows = pairs(found, "equal_compute", "sila", "ind", of_field("top1"), longer, top1=True)
     name = "top-1, SiLa's Net1 over IND with twice the epochs (ResNet18)"
     yield compared(found, name, "points", [pair for pair in rows if pair.head == 0], 0.70)
 
 
 def calibrated(found):
     """Ours, B: expected calibration error."""
-    ece = lambda record, head: -record.heads[head].get("ece", np.nan)
+    error = lambda record, head: -record.heads[head].get("ece", np.nan)
     name = "ECE, IND over SiLa (Table 1, ResNet18 pair, 2 networks)"
-    yield compared(found, name, "points", pairs(found, "fig3", "sila", "ind", ece), 1.0)
+    yield compared(found, name, "points", pairs(found, "fig3", "sila", "ind", error), 1.0)
 
 
 CLAIMS = {
@@ -342,41 +297,5 @@ OURS = {
 
 
 def compared(found, name, unit, rows, delta, metric=None):
-    """The effect of `Pair`s of runs; one that diverged gives no verdict."""
-    rows = list(rows)
-    lost = hindrance([pair.run for pair in rows], [pair.run_over for pair in rows], found.records)
-    return paired(name, unit, rows, found.plan, found.records, metric, delta=delta, hindered=lost)
-
-
-def ratio(value, turned=False):
-    """A value as its logarithm, so that a difference is a log ratio; turned where a smaller one supports the claim."""
-
-    def logarithm(record, head):
-        number = value(record, head)
-        return (-1 if turned else 1) * (log(number) if number > 0 else np.nan)
-
-    return logarithm
-
-
-def pairs(found, exhibit, method, over, value, others=None):
-    """The `Pair`s of an exhibit's runs, finished or not: each head of a method beside the same network of another.
-
-    value(record, head): what is compared. A cell is a head of a network in a pair; IND's single network stands beside
-    both of a pair. others: seed -> the run that stands beside it, by default that of the same network.
-    """
-    network = lambda run, slot: (run.dataset, run.nets[slot], run.width, run.stem, run.blocks, run.holdout)
-    grid = found.grids.get(exhibit, ())
-    same = {(network(run, 0), run.seed): run for run in grid if run.method == over}
-    for run in (run for run in grid if run.method == method):
-        for head in range(run.n_heads):
-            own = network(run, run.slot(head))
-            if other := others.get(run.seed) if others is not None else same.get((own, run.seed)):
-                gain, at = np.nan, min(head, other.n_heads - 1)
-                if run in found.records and other in found.records:
-                    gain = value(found.records[run], head) - value(found.records[other], at)
-                yield Pair((exhibit, run.nets, own, head), run.seed, gain, run, other, head, at)
-
-
-def of_head(frame, head):
-    """The rows of one head in a record's history or noise."""
-    return frame[frame["head"] == head]
+    """The effect of `Pair`s of runs."""
+    return paired(name, unit, rows, found.plan, found.records, metric, delta=delta)

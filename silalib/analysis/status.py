@@ -41,7 +41,10 @@ def keep(whole):
 
 def key():
     """A checksum of the records that the answer is made of, by their seals and the sizes of their files."""
-    root, names = results_folder("*").parent, ("result.sha256", "result.json", "history.csv", "noise.csv")
+    root, names = (
+        results_folder("*").parent,
+        ("result.sha256", "result.json", "history.csv", "noise.csv", "failed.json"),
+    )
     found = [path for p in PROFILES[1:] for name in names for path in sorted(root.glob(f"{p}/runs/*/{name}"))]
     told = [f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in found]
     seals = b"".join(path.read_bytes() for path in found if path.suffix == ".sha256")
@@ -67,7 +70,8 @@ def lines(profile, seeds, grids):
     judged = claims.judge(profile, seeds)
     yield f"profile {profile}; {claims.score(judged)}"
     if profile != "quick":
-        yield from (f"  {claim.name}. {claim.claim}: {claim.verdict}" for claim in judged)
+        yield from (f"  {claim.name}. {claim.claim}: {claim.said}" for claim in judged)
+        yield from (f"  {line}" for claim in judged for line in claims.what_decides(claim))
     yield f"{'':14}" + "".join(f"{label:>9}" for label in LABELS)
     for name, grid in grids.items():
         counts = Counter(states[run] for run in set(grid))

@@ -15,7 +15,7 @@ from ..models import MODELS, NAMES, count_macs, count_parameters
 from ..records import failure
 from ..training.execution import precision
 from ..training.provenance import device_kind
-from .statistics import Pair, interval, over_seeds_of, paired, plus_minus
+from .statistics import interval, over_seeds_of, plus_minus
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
@@ -99,15 +99,6 @@ def gains(frame, method=None, over="ind"):
     merged = chosen.merge(baseline, how, on=keys, suffixes=("", "_over"))
     gain = (merged["value"] - merged["value_over"]).astype(float) * np.where(merged["metric"] == "nll", -1, 1)
     return merged.assign(gain=gain.where(merged["method"] != over))
-
-
-def effect(name, unit, better, metric="top1", plan=None, records=None, **more):
-    """The `Effect` of rows that `gains` gives, in one metric."""
-    pairs = []
-    for row in better[better["metric"] == metric].itertuples():
-        cell = row.exhibit, row.dataset, row.pair, row.net
-        pairs.append(Pair(cell, row.seed, row.gain, row.run, row.run_over, row.net - 1, row.net_over - 1))
-    return paired(name, unit, pairs, plan, records, metric, **more)
 
 
 def cells(grid, records, metrics, table=None):
@@ -308,8 +299,13 @@ def not_run(grid, records):
             if data.dataset(name).prepared:
                 how = f"its data are not here: `python -m silalib data {name} --from DIR` prepares them from your own"
                 how += " copy, see `data/README.md`"
-        planned = sum(run.dataset == name for run in grid)
-        lines.append(f"**Not run:** {missing} of {planned} runs on {data.dataset(name).title}; {how}.\n")
+        planned = [run for run in grid if run.dataset == name]
+        lines.append(f"**Not run:** {missing} of {len(planned)} runs on {data.dataset(name).title}; {how}.\n")
+        if failed := [run for run in planned if run not in records and failure(run)]:
+            lost = (
+                "with a loss that is not finite counts with the top-1 of chance in what is judged, and is left out here"
+            )
+            lines.append(f"Of these failed: {', '.join(map(failed_at, failed))}. One {lost}.\n")
     return "\n".join(lines)
 
 

@@ -52,7 +52,7 @@ def main():
 
 
 def collect():
-    """Profile -> its `claims.Evidence`. Raises UserError where a record cannot be read."""
+    """Profile -> its `evidence.Evidence`. Raises UserError where a record cannot be read."""
     found = answer.collect()
     for evidence in found.values():
         for run in planned(evidence):
@@ -62,7 +62,7 @@ def collect():
 
 
 def render(found, root=ROOT):
-    """File -> its bytes, made of profile -> `claims.Evidence`. Raises UserError where README.md has no marks."""
+    """File -> its bytes, made of profile -> `evidence.Evidence`. Raises UserError where README.md has no marks."""
     whole, parts = answer.answer(found), [INTRODUCTION]
     parts += [answer.in_markdown(whole, f"../{PICTURE}"), "\n## Every verdict\n", EXPLANATION]
     for profile, evidence in found.items():
@@ -98,7 +98,7 @@ def of_claim(claim):
         if effect.runs or effect.exact:
             paper = "-" if np.isnan(effect.paper) else f"{effect.paper:+.{effect.digits}f}"
             seeds = statistics.seeds([effect.seeds], ", ")
-            yield [f"{claim.name}. {claim.claim}", effect.name, paper, f"{effect}{seeds}", answer.said(effect)]
+            yield [f"{claim.name}. {claim.claim}", effect.name, paper, f"{effect}{seeds}", effect.said]
 
 
 def exhibits(profile, evidence, root):

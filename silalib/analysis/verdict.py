@@ -1,0 +1,264 @@
+"""THE rule, and what it judges: effects, paired by cell and seed, and claims that rest on effects."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import norm, sem, t
+
+from ..errors import UserError
+from ..run import Run
+from .statistics import interval, plus_minus
+
+
+def decide(mean, half_width, delta):
+    """THE rule: what an interval mean +- half_width says of an effect whose smallest size of interest is delta > 0.
+
+    "contradicted" where all of it is below 0; else "negligible" where all of it is below delta; else "reproduced" where
+    all of it is above 0; else "undecided".
+    """
+    if mean + half_width < 0:
+        return "contradicted"
+    if mean + half_width < delta:
+        return "negligible"
+    return "reproduced" if mean - half_width > 0 else "undecided"
+
+
+def seeds_to_decide(values, delta, level=0.95):
+    """How many seeds give a half-width of at most delta/2 at the spread of these values, whatever their mean."""
+    spread, tail = np.std(values, ddof=1), (1 + level) / 2
+    n = max(2, int((2 * norm.ppf(tail) * spread / delta) ** 2))  # t is wider than the normal distribution
+    while t.ppf(tail, n - 1) * spread / n**0.5 > delta / 2:
+        n += 1
+    return n
+
+
+class Pair(NamedTuple):
+    """A head of a run beside its counterpart, for one cell and seed of a grid.
+
+    The gain is NaN before both runs have ended; where it is and they have, `why` says why there is none.
+    """
+
+    cell: object
+    seed: int
+    gain: float
+    run: Run = None
+    run_over: Run = None
+    head: int = 0
+    head_over: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One comparison; positive supports the claim.
+
+    gains: seed -> mean over the cells, of the seeds that have them all. planned: the number of seeds, from 0, by which
+    it is judged. delta: the smallest effect of interest, None for what is shown and judges nothing. lost: seed -> why
+    it has no gain though its runs have ended; then there is no verdict. begun: whether any record is there. wins of
+    total: the cells whose mean over seeds is above zero. images: (mean, half-width) of the same comparison over test
+    images, or None. runs: those it rests on; awaited: those of planned seeds that are missing. paper: the paper's own
+    mean. exact: it claims equality, and is counted. counted: of what the cells are, beside the number.
+    """
+
+    name: str
+    unit: str
+    gains: dict = field(default_factory=dict)
+    planned: int = 0
+    delta: float | None = None
+    lost: dict = field(default_factory=dict)
+    begun: bool = False
+    wins: int = 0
+    total: int = 0
+    images: tuple | None = None
+    runs: tuple = ()
+    awaited: tuple = ()
+    paper: float = np.nan
+    exact: bool = False
+    counted: str = ""
+
+    @property
+    def extended(self):
+        """Whether it is judged by twice the planned seeds, at 99%: the one extension that is allowed."""
+        return self.planned > 0 and self.gains.keys() | self.lost.keys() >= set(range(2 * self.planned))
+
+    @property
+    def seeds_that_judge(self):
+        """The planned ones; seeds outside of the plan judge nothing."""
+        return range((1 + self.extended) * self.planned)
+
+    def judged(self, by_seed):
+        return [by_seed[seed] for seed in self.seeds_that_judge if seed in by_seed]
+
+    values = property(lambda self: self.judged(self.gains))
+    seeds = property(lambda self: len(self.values))
+    hindered = property(lambda self: "; ".join(dict.fromkeys(self.judged(self.lost))))
+    mean = property(lambda self: interval(self.values)[0])
+    half_width = property(lambda self: interval(self.values, 1 - self.error)[1])
+    error = property(lambda self: 0.01 if self.extended else 0.05)
+
+    def judge(self, comparisons=1):
+        """The verdict in a word, or why there is none; comparisons: among so many effects any one decides a claim."""
+        ended = self.seeds + len(self.judged(self.lost))
+        if self.exact:
+            return "reproduced" if self.wins == self.total else "contradicted"
+        if not (self.begun or ended):
+            return "not run"
+        if self.delta is None:
+            return "shown"
+        if ended < self.planned:
+            return f"so far, {ended} of {self.planned} seeds"
+        if self.hindered or self.planned < 2 or np.ptp(self.values) < 1e-9:
+            return "no verdict"
+        return decide(*interval(self.values, 1 - self.error / comparisons), self.delta)
+
+    verdict = property(judge)
+
+    @property
+    def remark(self):
+        """What belongs beside the verdict; "" where nothing is to be said."""
+        notes = [self.hindered] if self.hindered else []
+        if self.verdict == "no verdict" and not notes:
+            notes.append("no spread over seeds" if self.planned > 1 else "one seed")
+        if self.verdict == "negligible" and self.mean > self.half_width:
+            notes.append("but above zero")
+        if self.delta and self.paper < self.delta:
+            notes.append(f"the paper's own gain, {self.paper:+.{self.digits}f}, is below {self.delta:.{self.digits}f}")
+        if self.extended:
+            notes.append("extended to twice the seeds, at 99%")
+        return "; ".join(notes)
+
+    @property
+    def said(self):
+        """The verdict with the remark, in a cell of a table."""
+        if self.delta is None and not self.exact:
+            return "shown, judges nothing" if self.runs else "not run"
+        return f"{self.verdict} ({self.remark})" if self.remark else self.verdict
+
+    digits = property(lambda self: 3 if self.unit in ("log ratio", "nats") else 2)
+
+    @property
+    def number(self):
+        """The mean with its interval; "" without records."""
+        return f"{self.total - self.wins}" if self.exact else plus_minus(self.mean, self.half_width, self.digits, True)
+
+    @property
+    def over_images(self):
+        """The mean with its interval over test images; "" where there are no per-image data."""
+        return plus_minus(*self.images, self.digits, signed=True) if self.images else ""
+
+    @property
+    def cells(self):
+        """The count of signs: "3 of 4"; "" without any."""
+        return f"{self.wins} of {self.total}{self.counted}" if self.total else ""
+
+    def __str__(self):
+        """The mean with its interval and unit; "" without records."""
+        return f"{self.number} {self.unit}".strip() if self.number else ""
+
+
+@dataclass(frozen=True)
+class ClaimVerdict:
+    """A claim, its effects, and what they say of it together."""
+
+    name: str
+    claim: str
+    effects: tuple
+    profile: str = ""
+    records: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def primary(self):
+        """The effects that judge it; the others are shown."""
+        return [effect for effect in self.effects if effect.delta or effect.exact]
+
+    @property
+    def runs(self):
+        return tuple(dict.fromkeys(run for effect in self.effects for run in effect.runs))
+
+    @property
+    def verdict(self):
+        """Reproduced where all primary effects are; contradicted, or else negligible, where any one is at the level of
+        Bonferroni; before the planned seeds that, and where an effect has no verdict none."""
+        alone = [effect.verdict for effect in self.primary]
+        if self.effects and not any(effect.exact or self.profile != "quick" for effect in self.primary):
+            return "judges nothing"
+        if set(alone) <= {"not run"}:
+            return "not run"
+        if waiting := [e for e in self.primary if e.verdict == "not run" or e.verdict.startswith("so far")]:
+            least = min(waiting, key=lambda effect: effect.seeds)
+            return least.verdict if least.verdict != "not run" else f"so far, 0 of {least.planned} seeds"
+        if set(alone) == {"reproduced"}:
+            return "reproduced"
+        words = {effect.judge(len(alone)) for effect in self.primary}
+        rest = "no verdict" if "no verdict" in alone else "undecided"
+        return next((word for word in ("contradicted", "negligible") if word in words), rest)
+
+    @property
+    def said(self):
+        extended = any(effect.extended for effect in self.primary)
+        return f"{self.verdict}, extended" if extended else self.verdict
+
+
+def paired(name, unit, pairs, plan=None, records=None, metric=None, **more):
+    """The `Effect` of pairs: for each seed the mean over all cells; a seed that lacks one does not count.
+
+    plan: shape of a run (the run with seed 0) -> how many seeds are planned of it. With a metric, and per-image data in
+    the records, also the interval over test images. more: the other fields of `Effect`.
+    """
+    pairs, plan, records = list(pairs), plan or {}, records or {}
+    planned = max((plan.get(replace(pair.run, seed=0), 0) for pair in pairs if pair.run), default=0) or 1
+    cells, by_seed = {pair.cell for pair in pairs}, defaultdict(list)
+    for pair in pairs:
+        if np.isfinite(pair.gain) or pair.why:
+            by_seed[pair.seed].append(pair)
+    whole = {seed: group for seed, group in by_seed.items() if {pair.cell for pair in group} == cells}
+    lost = {s: "; ".join(dict.fromkeys(p.why for p in group if p.why)) for s, group in whole.items()}
+    found = Effect(
+        name,
+        unit,
+        {int(seed): float(np.mean([pair.gain for pair in whole[seed]])) for seed in sorted(whole) if not lost[seed]},
+        planned,
+        lost={seed: why for seed, why in lost.items() if why},
+        begun=bool(pairs) and all(any(p[side] in records for p in pairs) for side in (3, 4)),  # of both sides
+        awaited=tuple({run for p in pairs if p.seed < planned for run in p[3:5] if run and run not in records}),
+    )
+    judging = found.seeds_that_judge
+    used = [pair for seed in judging for pair in whole.get(seed, ()) if seed in found.gains]
+    signs = defaultdict(list)
+    for pair in pairs:
+        if pair.seed in judging and np.isfinite(pair.gain):
+            signs[pair.cell].append(pair.gain)
+    measured = dict(
+        wins=sum(np.mean(gains) > 0 for gains in signs.values()),
+        total=len(signs),
+        images=over_images(used, records, metric) if used and metric else None,
+        runs=tuple(dict.fromkeys(run for pair in used for run in (pair.run, pair.run_over) if run is not None)),
+    )
+    return replace(found, **measured | more)
+
+
+def over_images(pairs, records, metric):
+    """(mean, half-width) of a paired gain with its 95% interval over test images, the networks taken as they are.
+
+    None where the metric is not kept per image. Several data sets are averaged by their number of pairs.
+    """
+    differences = defaultdict(list)
+    try:
+        for pair in pairs:
+            own = per_image(records[pair.run], pair.head, metric)
+            differences[pair.run.dataset].append(own - per_image(records[pair.run_over], pair.head_over, metric))
+    except (UserError, KeyError):
+        return None
+    parts = [(len(group) / len(pairs), np.mean(group, axis=0)) for group in differences.values()]
+    deviation = sum((share * sem(images)) ** 2 for share, images in parts) ** 0.5
+    return sum(share * images.mean() for share, images in parts), 1.96 * deviation
+
+
+def per_image(record, head, metric):
+    """A metric of each test image, larger is better: percent right, or log-probability of the truth in nats."""
+    if metric == "top1":
+        return 100.0 * (record.test[f"predicted_{head}"] == record.test["labels"])
+    field, scale = {"top5": ("top5", 100.0), "nll": ("log_probability", 1.0)}[metric]
+    return scale * record.test[f"{field}_{head}"].astype(float)
