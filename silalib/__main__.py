@@ -135,7 +135,7 @@ def report(options):
         code = 1
     names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
     code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
-    states = Counter(map(state, runs))
+    states = Counter(state(run, options.profile) for run in runs)
     if missing := len(runs) - states["done"] - states["damaged"]:
         print(f"{missing} of {len(runs)} runs not run; the pages say what is missing", file=sys.stderr)
     if damaged := states["damaged"]:

@@ -16,7 +16,7 @@ LABELS = ("done", "running", "started", "pending", "failed", "damaged")
 
 def lines(profile, seeds, grids):
     """The lines for a profile. seeds: those asked for, or None; grids: exhibit -> its runs."""
-    states = {run: state(run) for run in dict.fromkeys(chain(*grids.values()))}
+    states = {run: state(run, profile) for run in dict.fromkeys(chain(*grids.values()))}
     judged = claims.judge(profile, seeds)
     yield f"profile {profile}; {claims.score(judged)}"
     if profile != "quick":
@@ -26,12 +26,12 @@ def lines(profile, seeds, grids):
         counts = Counter(states[run] for run in set(grid))
         yield f"{name:14}" + "".join(f"{counts[label] or '-':>9}" for label in LABELS)
     for run in states:
-        if states[run] == "failed" and (found := failure(run)):
+        if states[run] == "failed" and (found := failure(run, profile)):
             yield f"failed: {found['error']} (--retry trains it again)"
         elif states[run] == "damaged":
-            yield f"damaged: {damage(run)}"
+            yield f"damaged: {damage(run, profile=profile)}"
     done = [run for run in states if states[run] == "done"]
-    records = {run: load(run) for run in done if find(run).parent.parent.name == profile}
+    records = {run: load(run, profile=profile) for run in done if find(run, profile).parent.parent.name == profile}
     if unlike := tables.mixed(records):
         yield f"not trained alike: {unlike}"
     left = [run for run in states if states[run] in ("running", "started", "pending")]

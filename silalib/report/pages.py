@@ -110,7 +110,7 @@ class Report:
         grids = {name: self.exhibits[name].grid(self.profile, self.seeds) for name in self.notebooks[stem][1]}
         grid = list(dict.fromkeys(chain(*grids.values())))
         found = ensure(grid, self.profile, train=False)
-        left_out = {run: records.state(run) for run in grid if run not in found}
+        left_out = {run: records.state(run, self.profile) for run in grid if run not in found}
         origins = [record.result["provenance"] for record in found.values()]
         parts = [part for origin in origins for part in origin.get("parts", [origin])]  # a run may resume elsewhere
         trained = sorted(origin["finished"][:10] for origin in origins)
@@ -132,7 +132,9 @@ class Report:
             "runs": len(grid),
             "missing": len(left_out),
             "damaged": list(left_out.values()).count("damaged"),
-            "failed": [records.failure(run)["error"] for run, state in left_out.items() if state == "failed"],
+            "failed": [
+                records.failure(run, self.profile)["error"] for run, state in left_out.items() if state == "failed"
+            ],
             "lacking": [name for name, runs in grids.items() if not found.keys() >= set(runs)],
             "trained": sum(origin["seconds"] for origin in origins),
         }
