@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from itertools import chain
 
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, printable
 
 STOPPED = 75  # EX_TEMPFAIL: start again to go on
 
@@ -147,7 +147,7 @@ def report(options):
 def status(options):
     from .analysis import status
 
-    print(*status.lines(options.profile, options.seeds, grids(options)), sep="\n")
+    print(*map(printable, status.lines(options.profile, options.seeds, grids(options))), sep="\n")
 
 
 def fetch_data(options):
@@ -193,7 +193,7 @@ def main(arguments=None):
         line, code = f"error: {error}", 1
     except OSError as error:
         line, code = f"error: {error.filename or 'a file'}: {error.strerror or error}", 1
-    print(f"silalib: {line}", file=sys.stderr)
+    print(f"silalib: {printable(line)}", file=sys.stderr)
     return code
 
 

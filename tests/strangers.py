@@ -54,9 +54,9 @@ def dumped(value):
 def mutate(folder, victim, chance):
     """Change one thing of the record in a folder, or several; `victim` is a folder outside, to which links lead."""
     for _ in range(chance.choice((1, 1, 1, 3))):
-        chance.choice((json_value, json_value, json_value, table, arrays, kind_of_file, names, identity, failed, linked))(
-            folder, victim, chance
-        )
+        chance.choice(
+            (json_value, json_value, json_value, table, arrays, kind_of_file, names, identity, failed, linked)
+        )(folder, victim, chance)
 
 
 def nodes(value, found=None):
@@ -104,7 +104,9 @@ def json_value(folder, victim, chance):
 def names(folder, victim, chance):
     result = load(folder)
     if isinstance(result, dict) and isinstance(result.get("files"), dict) and not (folder / "result.json").is_symlink():
-        name = chance.choice((str(victim / "thesis.tex"), "../../../../victim/thesis.tex", "", ".", "..", "x.exe", "\0"))
+        name = chance.choice(
+            (str(victim / "thesis.tex"), "../../../../victim/thesis.tex", "", ".", "..", "x.exe", "\0")
+        )
         result["files"][name] = "0" * 64
         if chance.random() < 0.5:
             result["files"].pop(chance.choice(list(result["files"])))
@@ -230,8 +232,15 @@ def failed(folder, victim, chance):
     found = {"error": chance.choice(HOSTILE), "epoch": 1, "step": 2, "lr": 0.1, "traceback": HOSTILE[0]}
     if not (folder / "failed.json").exists() and not (folder / "failed.json").is_symlink():
         (folder / "failed.json").write_bytes(dumped(changed(found, chance) if chance.random() < 0.8 else found))
-    if not (folder / "checkpoint.pt").exists() and chance.random() < 0.5 and not (folder / "checkpoint.pt").is_symlink():
-        state = {"format": 2, "parts": chance.choice(([], {}, [{"device": 1}], [{"device": "x)", "precision": 3}], "x"))}
+    if (
+        not (folder / "checkpoint.pt").exists()
+        and chance.random() < 0.5
+        and not (folder / "checkpoint.pt").is_symlink()
+    ):
+        state = {
+            "format": 2,
+            "parts": chance.choice(([], {}, [{"device": 1}], [{"device": "x)", "precision": 3}], "x")),
+        }
         (folder / "checkpoint.pt").write_bytes(checkpoint.checkpoint_bytes(state))
 
 
@@ -260,7 +269,9 @@ class Alive(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         values = [value or "" for name, value in attributes if name in ("href", "src", "content", "style")]
-        run = tag in ("script", "iframe", "object", "embed", "base", "form") or any(n[:2] == "on" for n, _ in attributes)
+        run = tag in ("script", "iframe", "object", "embed", "base", "form") or any(
+            n[:2] == "on" for n, _ in attributes
+        )
         fetched = any("example.org" in value or "javascript:" in value for value in values if "{" not in value[:1])
         if run or fetched or ("src", "x") in attributes:
             self.found.append((tag, attributes))
