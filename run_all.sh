@@ -4,7 +4,7 @@
 #   ./run_all.sh paper --no-train   the report of the records that are there
 # Options are those of `python -m silalib report`: --seeds, --device, --workers, --budget, --no-train ...
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH= cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 . ./environment.sh
 find_python lab
 profile=()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the fast tests: ./run_tests.sh [options of pytest]; the slow ones with: ./run_tests.sh -m slow
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH= cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 . ./environment.sh
 find_python lab,dev pytest ruff
 "$python" -m ruff check .

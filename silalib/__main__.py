@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from itertools import chain
 
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, printable
 
 STOPPED = 75  # EX_TEMPFAIL: start again to go on
 
@@ -135,7 +135,7 @@ def report(options):
         code = 1
     names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
     code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
-    states = Counter(map(state, runs))
+    states = Counter(state(run, options.profile) for run in runs)
     if missing := len(runs) - states["done"] - states["damaged"]:
         print(f"{missing} of {len(runs)} runs not run; the pages say what is missing", file=sys.stderr)
     if damaged := states["damaged"]:
@@ -148,10 +148,10 @@ def status(options):
     from .analysis import status
 
     if options.profile is None and options.exhibit == "all" and not options.seeds:
-        print(*status.summary(), sep="\n")
+        print(*map(printable, status.summary()), sep="\n")
         return
     options.profile = options.profile or "quick"
-    print(*status.lines(options.profile, options.seeds, grids(options)), sep="\n")
+    print(*map(printable, status.lines(options.profile, options.seeds, grids(options))), sep="\n")
 
 
 def fetch_data(options):
@@ -197,7 +197,7 @@ def main(arguments=None):
         line, code = f"error: {error}", 1
     except OSError as error:
         line, code = f"error: {error.filename or 'a file'}: {error.strerror or error}", 1
-    print(f"silalib: {line}", file=sys.stderr)
+    print(f"silalib: {printable(line)}", file=sys.stderr)
     return code
 
 

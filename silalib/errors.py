@@ -1,8 +1,16 @@
 """Errors that a user can cause: one line that says what to do, in a terminal and in a notebook, never a traceback."""
 
 
+def printable(text):
+    """Text of whatever origin in one line: what would move the cursor, change colours or turn the line is spelled."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class UserError(Exception):
     """Something the user can mend; the message is one line."""
+
+    def __str__(self):
+        return printable(super().__str__())
 
     def _render_traceback_(self):  # the name IPython looks for
         return [f"{type(self).__name__}: {self}"]

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import stat
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,19 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
+LARGEST = {".sha256": 2**12, ".json": 2**27, ".csv": 2**26, ".npz": 2**30}
+"""Bytes that a file of a kind may have, and 16 GB any other; an archive of arrays also unpacked."""
+
+
 def read_bytes(path, what):
-    """A file's bytes. Raises CorruptFile where it is missing or the disk cannot read it, and says what to do."""
+    """A file's bytes. Raises CorruptFile where it is missing, a link, no plain file, larger than its kind can be, or
+    where the disk cannot read it, and says what to do."""
     try:
-        return path.read_bytes()
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST.get(path.suffix, 2**34):
+                raise CorruptFile(path, what)
+            return file.read()
     except PermissionError:
         raise UserError(f"cannot read {path}: permission denied") from None
     except OSError:
@@ -42,7 +53,8 @@ def write_atomically(path, content, previous=None):
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # never through a link of this name
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -82,8 +94,32 @@ def read_sealed(path, what, required=True):
             raise CorruptFile(path if path.name in names else seal, what)
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CorruptFile(path, what) from None
+
+
+def fits(value, form):
+    """Whether a JSON value, a stranger's maybe, has a form: a test of it, [the form of each item], or {key: form}; then
+    "key?" may be absent, and `...` stands for every other key."""
+    if isinstance(form, list):
+        return isinstance(value, list) and len(value) > 0 and all(fits(item, form[0]) for item in value)
+    if not isinstance(form, dict):
+        return form(value)
+    forms = {key if key is ... else key.removesuffix("?"): own for key, own in form.items()}
+    never = lambda value: False
+    whole = (
+        isinstance(value, dict) and value.keys() >= form.keys() & (forms.keys() - {...}) and all(map(is_text, value))
+    )
+    return whole and all(fits(own, forms.get(key, forms.get(..., never))) for key, own in value.items())
+
+
+def is_text(value):
+    return isinstance(value, str) and len(value) <= 500 and value.isprintable()
+
+
+def is_number(value, least=-1e15, most=1e15):
+    """Whether this is a finite number, and not too large for a figure."""
+    return type(value) in (int, float) and least <= value <= most
 
 
 def quarantine(damaged, mark="result.json"):
@@ -107,8 +143,23 @@ def to_csv(rows):
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n", na_rep="nan").encode()
 
 
+def from_csv(content):
+    """The data frame in CSV. Raises ValueError for more columns than any of ours has, which would take minutes."""
+    if content.partition(b"\n")[0].count(b",") > 1000:
+        raise ValueError("too many columns")
+    return pd.read_csv(io.BytesIO(content))
+
+
 def to_npz(arrays):
     return to_npy(arrays, lambda file, arrays: np.savez_compressed(file, **arrays))
+
+
+def from_npz(content):
+    """The arrays in an archive, by name. Raises ValueError where they would be too large unpacked."""
+    if sum(part.file_size for part in zipfile.ZipFile(io.BytesIO(content)).infolist()) > LARGEST[".npz"]:
+        raise ValueError("too large")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def to_npy(array, save=np.save):

@@ -1,22 +1,30 @@
-"""A finished run's record: what it holds, where it is, in which state, and how its networks are loaded."""
+"""A finished run's record: what it holds, where it is, in which state, and how its networks are loaded.
 
-import io
+Records are made to be shared: what lies in a run's folder may be a stranger's, and is used once `validate` has seen it.
+"""
+
 import json
+import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from .data import known_checksum
+from . import files
+from .data import dataset, known_checksum
 from .data.augment import Normalise
-from .errors import CorruptFile, Stopped, UserError
-from .files import read_bytes, read_sealed, results_folder, sha256, to_json, write_atomically, write_sealed
+from .errors import CorruptFile, Stopped, UserError, printable
+from .experiments import PROFILES
+from .files import fits, is_number, is_text, read_bytes, results_folder, sha256, to_json, write_atomically
+from .models import EXITS
 from .run import PROTOCOL, Run
 from .training.checkpoint import CHECKPOINTS, read_checkpoint
 
@@ -61,32 +69,127 @@ class Record:
         return name not in optional or (self.path / name).exists()
 
     def _table(self, name):
-        return pd.read_csv(io.BytesIO(self.read(name)))
+        return files.from_csv(self.read(name))
 
     def _arrays(self, name):
-        with np.load(io.BytesIO(self.read(name)), allow_pickle=False) as arrays:
-            return {k: arrays[k] for k in arrays.files}
+        return files.from_npz(self.read(name))
 
 
-def write_record(run, folder, result, files):
+_percent, _amount = (lambda value: is_number(value, 0, 100)), (lambda value: is_number(value, 0))
+_count, _checksum = (lambda value: type(value) is int and is_number(value, 1)), re.compile("[0-9a-f]{64}").fullmatch
+ORIGIN = {
+    "silalib": {"code": is_text, "commit?": is_text},
+    "kind?": lambda value: value in ("cpu", "cuda"),
+    "precision": re.compile(r"(bfloat16|float32)(\+(bfloat16|float32))*").fullmatch,
+    ...: lambda value: value is None or type(value) is bool or is_text(value) or is_number(value),
+} | dict.fromkeys(("device", "torch", "python"), is_text)
+HEAD = {"network": is_text, "nll": _amount, "parameters": _count, "macs": _count, "temperature?": [is_number]}
+HEAD |= dict.fromkeys(("top1", "top2", "top5", "best"), _percent)
+_ratio = lambda value: type(value) is float  # of what may be nothing: features in one point, a flat loss
+HEAD |= dict.fromkeys(("test_concentration?", "train_concentration?"), _ratio) | {...: is_number}
+HEAD["curvature?"] = {"absolute_residual?": _ratio, "filter_residual?": _ratio, ...: is_number}
+PROVENANCE = ORIGIN | dict.fromkeys(("seconds", "seconds_final", "cpu_seconds?"), _amount)
+PROVENANCE |= {"parts?": [ORIGIN], "data_sha256": is_text, "train_images": _count, "finished": datetime.fromisoformat}
+MORE = ("run.json?", "noise.csv?", "budgeted.csv?", "features.npz?", "weights.safetensors?")
+FILES = dict.fromkeys(("history.csv", "test.npz", *MORE), _checksum)
+RESULT = {"heads": [HEAD], "ensemble?": {...: is_number}, "provenance": PROVENANCE, "files": FILES}
+"""The form of result.json, see `fits`: what it names are all files that a record may have."""
+
+HISTORY = ["epoch", "head", "lr", "train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient"]
+HISTORY += ["test_nll", "test_top1"]
+
+
+def validate(record):
+    """Raise CorruptFile unless every file has the form that training writes: names, types, lengths, finite numbers."""
+    run, heads = record.run, range(record.run.n_heads)
+    of_heads = lambda *names: {f"{name}_{k}" for name in names for k in heads}
+    of_features = set(run.nets) == {"convnet12"}  # Figure 6
+
+    def result():
+        needed = {"noise.csv"} if run.noise_images else set()
+        needed |= {"budgeted.csv"} if run.holdout and run.nets[0] in EXITS else set()
+        needed |= {"features.npz"} if of_features else set()
+        named = [head["network"] for head in record.heads if "test_concentration" in head or not of_features]
+        return needed <= set(record.result["files"]) and named == [run.nets[run.slot(head)] for head in heads]
+
+    def test():
+        n = len(record.test["labels"])
+        shapes = dict.fromkeys({"labels"} | of_heads("log_probability", "confidence", "predicted", "top5", "s"), (n,))
+        held = {"calibration_labels"} | of_heads("calibration_confidence", "calibration_predicted")
+        shapes |= dict.fromkeys(held if run.holdout else (), (run.holdout,))
+        more = dict.fromkeys(of_heads("offset") | {"ensemble_predicted", "ensemble_confidence"}, (n,))
+        return n > 0 and _have_shapes(record.test, shapes, more)
+
+    def features():
+        classes, width = dataset(run.dataset).classes, 2 if of_features else record.features["weight_0"].shape[1]
+        shapes = dict.fromkeys(of_heads("weight"), (classes, width)) | dict.fromkeys(of_heads("bias"), (classes,))
+        for name in ("test", "train"):
+            n = len(record.features[f"{name}_labels"])
+            shapes |= {f"{name}_labels": (n,)} | dict.fromkeys(of_heads(name), (n, width))
+        return _have_shapes(record.features, shapes)
+
+    epochs = list(product(range(1, run.epochs + 1), heads))
+    points = range(run.noise_sigmas * run.noise_draws + 1)
+    noises = [(head, kind) for head, kind, _ in product(heads, ("absolute", "filter"), points)]
+    for name, is_whole in {
+        "result.json": result,
+        "history.csv": lambda: _is_table(record.history, HISTORY, epochs),
+        "noise.csv": lambda: _is_table(record.noise, ["head", "kind", "sigma", "draw", "nll", "top1"], noises),
+        "budgeted.csv": lambda: _is_table(record.budgeted, ["q", "macs", "top1", *of_heads("threshold", "share")]),
+        "test.npz": test,
+        "features.npz": features,
+    }.items():
+        try:
+            whole = name not in (*record.result["files"], "result.json") or not record.has(name) or is_whole()
+        except UserError:
+            raise
+        except Exception:  # whatever a stranger's file brings about
+            whole = False
+        if not whole:
+            raise CorruptFile(record.path / name, AGAIN)
+
+
+def _is_table(table, columns, rows=None):
+    """Whether a table has these columns, the first two with these values, and no more than finite numbers in it."""
+    values = table.drop(columns=["kind", "gap"], errors="ignore").to_numpy(float)  # there is no gap without a peer
+    finite = np.isfinite(values).all() if rows else not np.isnan(values).any()  # a threshold may be infinite
+    same = rows is None or list(zip(*(table[name] for name in columns[:2]))) == rows
+    return len(table) > 0 and set(columns) <= set(table) and finite and same
+
+
+def _have_shapes(arrays, needed, more=()):
+    found = {name: array.shape for name, array in arrays.items() if array.dtype.kind in "biuf"}
+    return len(found) == len(arrays) and needed.items() <= found.items() <= (needed | dict(more)).items()
+
+
+def write_record(run, folder, result, contents):
     """Write a finished run: its files first, result.json with their checksums last, which marks it as finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {**files, "run.json": to_json({"protocol": PROTOCOL, "config": run.config})}
-    for name, content in files.items():
+    contents = {**contents, "run.json": to_json({"protocol": PROTOCOL, "config": run.config})}
+    for name, content in contents.items():
         write_atomically(folder / name, content)
-    write_sealed(folder / "result.json", {**result, "files": {name: sha256(files[name]) for name in files}})
+    sums = {name: sha256(content) for name, content in contents.items()}
+    files.write_sealed(folder / "result.json", {**result, "files": sums})
+    try:
+        record = load(run, folder)
+    except CorruptFile as error:  # numbers that are not finite, say: its checkpoint stays
+        (folder / "result.json").unlink()
+        raise UserError(f"{run}: what was measured is no record, see {error.path}") from None
     remove_leftovers(folder)
-    return load(run, folder)
+    return record
 
 
 def begun(folder):
     """How the run in a folder began, if anything tells: (when its record was finished, or ""; `provenance.here`)."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        provenance = json.loads((folder / "result.json").read_bytes())["provenance"]
-        return provenance["finished"], provenance.get("parts", [provenance])[0]
+    with suppress(UserError, ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(read_bytes(folder / "result.json", AGAIN))["provenance"]
+        if fits(found, PROVENANCE):
+            return found["finished"], found.get("parts", [found])[0]
     for name in CHECKPOINTS:
-        with suppress(UserError, KeyError, IndexError):
-            return "", read_checkpoint(folder / name, "cpu")["parts"][0]
+        with suppress(UserError, KeyError, IndexError, TypeError):
+            part = read_checkpoint(folder / name, "cpu")["parts"][0]
+            if fits(part, ORIGIN):
+                return "", part
     return None
 
 
@@ -96,24 +199,36 @@ def remove_leftovers(folder):
         leftover.unlink(missing_ok=True)
 
 
-def find(run):
-    """The folder of the run's record, finished in whichever profile, or None."""
-    return next((folder for folder in folders(run) if (folder / "result.json").exists()), None)
+def folders(run, profile=None):
+    """Where a run may have left something: its folders in the profiles, in this one first. A link is none of them."""
+    names = sorted(PROFILES, key=lambda name: name != profile)
+    found = [results_folder(name) / "runs" / run.key for name in names]
+    return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]
 
 
-def load(run, folder=None):
-    """The Record of a finished run, from any profile or from a `folder`.
+def find(run, profile=None):
+    """The folder of the run's record, finished in whichever profile, or None. Of several, the first whole one."""
+    finished = [folder for folder in folders(run, profile) if (folder / "result.json").exists()]
+    whole = (folder for folder in finished if len(finished) == 1 or not damage(run, folder))
+    return next(whole, finished[0] if finished else None)
+
+
+def load(run, folder=None, profile=None):
+    """The Record of a finished run, from any profile, this one first, or from a `folder`.
 
     Raises UserError where it is missing, or of another protocol or other data, CorruptFile where a file is not what was
-    written; weights are read and verified by `load_network`.
+    written, or not what training writes; weights are read and verified by `load_network`.
     """
-    if (folder := folder or find(run)) is None:
+    if (folder := folder or find(run, profile)) is None:
         raise UserError(f"no record of {run.key}: train it with ensure([run]), or python -m silalib train")
     path = folder / "result.json"
     try:
-        result = read_sealed(path, AGAIN, required=False)
-        read_sealed(path, AGAIN, required="run.json" in result["files"])  # not in records from before it had a checksum
-        result["heads"], result["provenance"]
+        result = files.read_sealed(path, AGAIN, required=False)
+        if not fits(result, RESULT):
+            raise CorruptFile(path, AGAIN)
+        files.read_sealed(
+            path, AGAIN, required="run.json" in result["files"]
+        )  # not in records from before it had a checksum
         record = Record(run, folder, result)
         for name in result["files"]:
             if name != "weights.safetensors" and record.has(name):
@@ -122,38 +237,36 @@ def load(run, folder=None):
         identity = json.loads(read_bytes(path, AGAIN))
         config, protocol = identity["config"], identity["protocol"]
         changed = [k for k, v in run.config.items() if config.get(k, v) != v]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CorruptFile(path, AGAIN) from None
     known = known_checksum(run.dataset)
     for wrong, how in [
         (protocol != PROTOCOL, f"under protocol {protocol}, this is {PROTOCOL}"),
         (changed, f"with another {', '.join(changed)} (a default changed)"),
-        (known and known != result["provenance"].get("data_sha256"), f"on other data than {run.dataset} is here"),
+        (known and known != result["provenance"]["data_sha256"], f"on other data than {run.dataset} is here"),
     ]:
         if wrong:
             raise UserError(f"{folder} was trained {how}: move it away")
+    validate(record)
     return record
 
 
-def damage(run):
+def damage(run, folder=None, profile=None):
     """What is wrong with a run's record, weights included where they are kept: an error, or None. Reads all of it."""
     try:
-        if find(run) and (record := load(run)).has("weights.safetensors"):
-            record.read("weights.safetensors")
+        if folder := folder or find(run, profile):
+            record = load(run, folder)
+            if record.has("weights.safetensors"):
+                record.read("weights.safetensors")
     except UserError as error:
         return error
     return None
 
 
-def folders(run):
-    """Where a run may have left something, in whichever profile."""
-    return sorted(results_folder("*").parent.glob(f"*/runs/{run.key}"))
-
-
-def state(run):
+def state(run, profile=None):
     """Where a run stands: "done", "damaged", "running", "failed", "started" (a checkpoint is there) or "pending"."""
     if find(run):
-        return "damaged" if damage(run) else "done"
+        return "damaged" if damage(run, profile=profile) else "done"
     try:
         for folder in folders(run):
             with lock(folder):
@@ -167,26 +280,30 @@ def state(run):
     return "started" if any((folder / name).exists() for folder in folders(run) for name in CHECKPOINTS) else "pending"
 
 
-def failure(run):
-    """Why a run has failed: what `write_failure` wrote, or None."""
-    path = next((path for folder in folders(run) if (path := folder / "failed.json").exists()), None)
+def failure(run, profile=None):
+    """Why a run has failed: what `write_failure` wrote, "error" in one line; or None."""
+    path = next((path for folder in folders(run, profile) if (path := folder / "failed.json").exists()), None)
     if path is None:
         return None
-    try:
-        found = json.loads(path.read_bytes())
-        return found | {"error": str(found["error"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"error": f"{path} is damaged, so the reason is not known"}
+    with suppress(UserError, ValueError, RecursionError):
+        found = json.loads(read_bytes(path, AGAIN))
+        if fits(found, {"error": lambda value: isinstance(value, str), ...: lambda value: True}):
+            placed = all(is_number(found.get(name)) for name in ("epoch", "step", "lr"))
+            error = printable(found["error"])[:1000]
+            return {name: value for name, value in found.items() if placed or name != "lr"} | {"error": error}
+    return {"error": f"{path} is damaged, so the reason is not known"}
 
 
 def write_failure(folder, error, **details):
-    write_atomically(folder / "failed.json", to_json({"error": str(error), **details}))
+    write_atomically(folder / "failed.json", to_json({"error": printable(error), **details}))
 
 
 @contextmanager
 def lock(folder, wait=lambda: False, message=lambda text: None):
     """Hold a run's folder. While another process does, wait() is asked twice a second whether to go on; if not, raises
     Stopped. The operating system releases a dead process's lock."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link: put the folder itself there")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held, seconds = FileLock(folder / ".lock"), 0
@@ -220,7 +337,10 @@ def load_network(run, head=0):
     if not 0 <= head < len(run.nets):
         known = f"heads 0 to {len(run.nets) - 1}" if len(run.nets) > 1 else "one network: leave head at 0"
         raise UserError(f"head {head}: this run has {known}")
-    tensors = load_tensors(record.read("weights.safetensors"))
-    network = run.network(head)
-    network.load_state_dict({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{head}.")})
-    return torch.nn.Sequential(Normalise(tensors["mean"], tensors["std"]), network).eval()
+    network, content = run.network(head), record.read("weights.safetensors")
+    try:
+        tensors = load_tensors(content)
+        network.load_state_dict({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{head}.")})
+        return torch.nn.Sequential(Normalise(tensors["mean"], tensors["std"]), network).eval()
+    except (SafetensorError, RuntimeError, KeyError):
+        raise CorruptFile(record.path / "weights.safetensors", AGAIN) from None

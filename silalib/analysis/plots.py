@@ -20,7 +20,7 @@ COLOURS = dict(zip(LABELS, cycle(("#555555", "#0072b2", "#d55e00", "#009e73", "#
 
 
 def use_style():
-    plt.style.use(str(files("silalib.analysis") / "silalib.mplstyle"))
+    plt.style.use(["default", str(files("silalib.analysis") / "silalib.mplstyle")])
 
 
 def legend_below(fig, axes, ncols=2):

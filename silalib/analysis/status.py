@@ -17,12 +17,13 @@ LABELS = ("done", "running", "started", "pending", "failed", "damaged")
 def recall():
     """{"lines", "markdown"} from results/answer.json while the records are those that it was made of; else made
     anew, and kept there. A results folder without such records has the answer that came with the code."""
-    folder = results_folder("*").parent
+    folder = own = results_folder("*").parent
     if not any(folder.glob(f"{profile}/runs/*/result.json") for profile in PROFILES[1:]):
         folder = ROOT / "results"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads((folder / "answer.json").read_bytes())
-        if folder != results_folder("*").parent or kept["key"] == key():
+        texts = [*kept["lines"], kept["markdown"], kept["key"]]
+        if all(isinstance(text, str) for text in texts) and (folder != own or kept["key"] == key()):
             return kept
     from . import answer  # which imports what takes a second
 
@@ -41,10 +42,8 @@ def keep(whole):
 
 def key():
     """A checksum of the records that the answer is made of, by their seals and the sizes of their files."""
-    root, names = (
-        results_folder("*").parent,
-        ("result.sha256", "result.json", "history.csv", "noise.csv", "failed.json"),
-    )
+    root = results_folder("*").parent
+    names = ("result.sha256", "result.json", "history.csv", "noise.csv", "failed.json")
     found = [path for p in PROFILES[1:] for name in names for path in sorted(root.glob(f"{p}/runs/*/{name}"))]
     told = [f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in found]
     seals = b"".join(path.read_bytes() for path in found if path.suffix == ".sha256")
@@ -66,7 +65,7 @@ def lines(profile, seeds, grids):
     from ..launch.estimate import hours, seconds_left
     from . import claims, tables
 
-    states = {run: state(run) for run in dict.fromkeys(chain(*grids.values()))}
+    states = {run: state(run, profile) for run in dict.fromkeys(chain(*grids.values()))}
     judged = claims.judge(profile, seeds)
     yield f"profile {profile}; {claims.score(judged)}"
     if profile != "quick":
@@ -77,12 +76,12 @@ def lines(profile, seeds, grids):
         counts = Counter(states[run] for run in set(grid))
         yield f"{name:14}" + "".join(f"{counts[label] or '-':>9}" for label in LABELS)
     for run in states:
-        if states[run] == "failed" and (found := failure(run)):
+        if states[run] == "failed" and (found := failure(run, profile)):
             yield f"failed: {found['error']} (--retry trains it again)"
         elif states[run] == "damaged":
-            yield f"damaged: {damage(run)}"
+            yield f"damaged: {damage(run, profile=profile)}"
     done = [run for run in states if states[run] == "done"]
-    records = {run: load(run) for run in done if find(run).parent.parent.name == profile}
+    records = {run: load(run, profile=profile) for run in done if find(run, profile).parent.parent.name == profile}
     if unlike := tables.mixed(records):
         yield f"not trained alike: {unlike}"
     left = [run for run in states if states[run] in ("running", "started", "pending")]

@@ -100,7 +100,7 @@ def dataset(name):
         raise UserError(f"unknown data set {name!r}: choose from {', '.join(dict.fromkeys([*DATASETS, *own]))}")
     found = prepared.describe(data_folder() / name)
     counts = len(found["classes"]), tuple(found["image"]), found["train"], found["test"]
-    return DatasetSpec(found["title"], *counts, folder=name, prepared=True)
+    return DatasetSpec(name, *counts, folder=name, prepared=True)
 
 
 def known_checksum(name):

@@ -8,11 +8,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import CorruptFile, MissingData, UserError
-from ..files import read_sealed, to_json, write_atomically
+from ..files import fits, is_number, read_sealed, to_json, write_atomically
 
 FILES = ("train.npy", "train_labels.npy", "test.npy", "test_labels.npy")
 VERIFIED = ".verified.json"
 AGAIN = "prepare it again (python -m silalib data ... --from DIR)"
+_count, _word = (lambda value: type(value) is int and is_number(value, 1)), lambda value: isinstance(value, str)
+FORM = {"classes": [_word], "image": [_count], "train": _count, "test": _count, "files": dict.fromkeys(FILES, _word)}
+FORM |= {"title": _word, ...: lambda value: True}
+"""The form of dataset.json, see `fits`."""
 
 
 def describe(folder):
@@ -21,7 +25,9 @@ def describe(folder):
     if not (folder / "dataset.json").exists():
         how = f"python -m silalib data {folder.name} --from DIR makes it of the images below DIR, see data/README.md"
         raise MissingData(f"{folder} is not prepared: {how}")
-    return read_sealed(folder / "dataset.json", AGAIN)
+    if not fits(found := read_sealed(folder / "dataset.json", AGAIN), FORM):
+        raise CorruptFile(folder / "dataset.json", AGAIN)
+    return found
 
 
 def open_arrays(folder):

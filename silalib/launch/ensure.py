@@ -46,12 +46,13 @@ def ensure(
     if train:
         check_settings(runs, workers, budget, backend, ray_address, gpus_per_run)
         ray = partial(in_cluster, address=ray_address, gpus_per_run=gpus_per_run) if backend == "ray" else None
-        pending = [run for run in runs if records.find(run) is None or isinstance(records.damage(run), CorruptFile)]
+        damaged = lambda run: isinstance(records.damage(run, profile=profile), CorruptFile)
+        pending = [run for run in runs if records.find(run) is None or damaged(run)]
         train_all(pending, profile, device, workers, budget, only_whole, retry, ray, graphs)
     found = {}
     for run in filter(records.find, runs):
         try:
-            found[run] = records.load(run)
+            found[run] = records.load(run, profile=profile)
         except UserError as error:
             if train:
                 raise

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data import DATASETS, data_folder, load
 from ..data.prepared import FILES, checksums, describe, verify
-from ..errors import CorruptFile, MissingData, Stopped, UserError
+from ..errors import CorruptFile, MissingData, Stopped, UserError, printable
 from ..files import quarantine, read_sealed, sha256, to_npy, write_atomically, write_sealed
 from .processes import cpu_cores, finished, interruptible
 
@@ -177,7 +177,7 @@ def _decode_all(images, source, folder, plan, chunk, skip_broken, workers):
         paths = [[path for path, _ in rows] for rows in images.values()]
         skipped = [path for some in paths for path in some if path in broken]
         for path in skipped:
-            print(f"broken: {source / path}: {broken[path]}", file=sys.stderr)
+            print(printable(f"broken: {source / path}: {broken[path]}"), file=sys.stderr)
         if skipped and not skip_broken:
             how = "mend them and start again, or leave them out with --skip-broken; the others are decoded"
             raise UserError(f"{len(skipped)} of {sum(map(len, paths))} images are broken: {how}")

@@ -4,6 +4,8 @@ import os
 import sys
 import time
 
+from ..errors import printable
+
 HEARTBEAT_SECONDS = 30  # how often a log file hears of runs that have not ended
 
 
@@ -80,4 +82,4 @@ class Progress:
     def line(self, text):
         self.last_line = self.clock()
         standard = self.notebook and not self.bar.disable  # a notebook shows standard error as an error
-        self.bar.write(text, file=sys.stdout if standard else sys.stderr)
+        self.bar.write(printable(text), file=sys.stdout if standard else sys.stderr)

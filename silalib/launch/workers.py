@@ -44,15 +44,15 @@ class Job:
 
     def train(self, run, stopped, tell):
         """Train one run unless another process has done it meanwhile. Returns the outcome in words."""
-        folder = self.folder / run.key
+        folder, profile = self.folder / run.key, self.folder.parent.name
         stop = lambda: "stopped" if stopped() else "the budget is used up" if time.time() > self.deadline else None
         if reason := stop():
             raise Stopped(reason)
         with records.lock(folder, wait=lambda: not stop(), message=lambda text: tell(run=run, text=text)):
-            damaged = records.damage(run)  # of a record that another process may have written meanwhile
-            if isinstance(damaged, CorruptFile):
+            damaged = records.damage(run, profile=profile)  # of what another process may have written meanwhile
+            if (again := isinstance(damaged, CorruptFile)) and damaged.path.parent == folder:
                 tell(run=run, text=f"{files.quarantine(damaged)}: the run is trained again")
-            if records.find(run) is None:
+            if again or records.find(run) is None:
                 if (failure := records.failure(run)) and not self.retry:
                     raise UserError(f"{run} failed before: {failure['error']}; --retry (retry=True) trains it again")
                 (folder / "failed.json").unlink(missing_ok=True)
@@ -66,7 +66,7 @@ class Job:
                     records.write_failure(folder, error, epoch=error.epoch, step=error.step, lr=error.lr)
                     raise
                 records.write_record(run, folder, *made)
-            record = records.load(run)
+            record = records.load(run, profile=profile)
         seconds = record.result["provenance"]["seconds"]
         return f"top-1 {numbers(head['top1'] for head in record.heads)} in {duration(seconds)}"
 

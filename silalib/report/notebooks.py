@@ -3,12 +3,14 @@
 import os
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 
-from ..errors import Stopped, UserError
-from ..files import ROOT
+from ..data import data_folder
+from ..errors import NoRoom, Stopped, UserError, printable
+from ..files import ROOT, results_folder
 from ..launch import processes
 from ..launch.progress import duration
 
@@ -41,8 +43,8 @@ class PageFailed(UserError):
         self.traceback = list(traceback)
 
 
-def say(text):
-    sys.stderr.write(f"{text}\n")  # in one piece, as several threads speak
+def say(*lines):
+    sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))  # in one piece, as several threads speak
 
 
 def execute_all(paths, parameters):
@@ -53,8 +55,12 @@ def execute_all(paths, parameters):
     import papermill  # noqa: F401  once here, before two threads want it
 
     kernels = {}
-    with processes.interruptible() as stopped, ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = {pool.submit(execute, path, parameters, kernels): path.stem for path in paths}
+    with (
+        tempfile.TemporaryDirectory(prefix="silalib-") as private,
+        processes.interruptible() as stopped,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
+        futures = {pool.submit(execute, path, parameters, kernels, private): path.stem for path in paths}
         try:
             while futures and not stopped.is_set():
                 for future in wait(futures, 0.3, FIRST_COMPLETED).done:
@@ -72,32 +78,57 @@ def execute_all(paths, parameters):
         raise Stopped(f"the report stopped with {len(futures)} of {len(paths)} pages left; start again to go on")
 
 
-def execute(path, parameters, kernels):
+def kernel_environment(private):
+    """The environment of a kernel, in which nothing of the user's own Python, IPython or matplotlib changes a page.
+
+    private: an empty folder in the place of their settings. Folders are absolute, as a kernel starts in the project's.
+    """
+    own = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "IPYTHON", "JUPYTER", "MPL", "MATPLOTLIB"))
+    }
+    search = [str(ROOT), *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
+    private_folders = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")
+    return (
+        own
+        | dict.fromkeys(private_folders, private)
+        | {
+            "PYTHONPATH": os.pathsep.join(search),
+            "PYTHONUTF8": "1",
+            "MPLBACKEND": "agg",
+            "SILALIB_RESULTS": str(results_folder("").absolute()),
+            "SILALIB_DATA": str(data_folder().absolute()),
+            "TQDM_DISABLE": "1",
+        }
+    )
+
+
+def execute(path, parameters, kernels, private):
     """The executed notebook; meanwhile kernels[stem] is its kernel's process. Raises as `run_notebook` does."""
     began = time.monotonic()
     say(f"{path.stem}: started")
     try:
-        return run_notebook(path, parameters, kernels)
+        return run_notebook(path, parameters, kernels, private)
     finally:
         kernels.pop(path.stem, None)
         say(f"{path.stem}: ended after {duration(time.monotonic() - began)}")
 
 
-def run_notebook(path, parameters, kernels):
+def run_notebook(path, parameters, kernels, private):
     """The executed notebook. Raises UserError for a missing file or parameter, PageFailed where a cell failed."""
     import papermill
     from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_core.utils import ensure_event_loop
     from papermill.exceptions import PapermillExecutionError
 
     class Kernel(AsyncKernelManager):
         """This Python, whatever kernels are installed, with this silalib; in the project's folder; without bars."""
 
+        kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+
         async def start_kernel(self, **options):
-            self.kernel_spec.argv[0] = sys.executable
-            search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-            environment = {**os.environ, "PYTHONPATH": search, "TQDM_DISABLE": "1"}
-            await super().start_kernel(**options, cwd=str(ROOT), env=environment)
+            self.connection_file = os.path.join(private, f"{path.stem}.json")
+            await super().start_kernel(**options, cwd=str(ROOT), env=kernel_environment(private))
             kernels[path.stem] = self.provisioner.pid
 
     if not path.exists():
@@ -118,6 +149,8 @@ def run_notebook(path, parameters, kernels):
             stderr_file=sys.stderr,  # training and warnings are for the terminal, not for the page
         )
     except PapermillExecutionError as error:
+        if error.ename == NoRoom.__name__:
+            raise NoRoom(error.evalue) from None
         raise PageFailed(first_line(error.ename, error.evalue), error.traceback) from None
     finally:
         ensure_event_loop().close()  # which the kernel's client has made for this thread

@@ -24,7 +24,8 @@ from ..launch.progress import duration
 from .notebooks import FOLDER, PageFailed, contents, execute_all, first_line, say
 
 EXTERNAL = (
-    r"""<[^>]*\s(?:src|srcset|poster)=(?!["']?data:)[^>]*>|<(?:script|link|object)"""
+    r"""<[^>]*\s(?:src|srcset|poster)=(?!["']?data:)[^>]*>|<(?:script|link|object|iframe|embed|base|form)\b"""
+    r"""|<[^>]*\s(?:on\w+\s*=|href=["']?(?:javascript|data|vbscript):)"""
     r"""|<style[^<]*(?:@import|url\()|<[^>]*\sstyle=[^>]*url\("""
 )
 """What a page must not have: a resource to fetch, or a script."""
@@ -58,7 +59,7 @@ def build(profile, stems=None, seeds=None, device="auto", workers=None, train=Tr
                 line = str(error) if isinstance(error, UserError) else first_line(type(error).__name__, error)
                 page = report.page(stem, "failed", error=line, traceback=getattr(error, "traceback", ()))
                 (executed / f"{stem}.ipynb").unlink(missing_ok=True)
-                say(f"{stem}: failed\n  {line}")
+                say(f"{stem}: failed", f"  {line}")
                 failed += 1
             files.write_atomically(report.folder / f"{stem}.html", page.encode())
     finally:
@@ -97,7 +98,7 @@ class Report:
             path = self.folder / f"{stem}.html"
             try:
                 card = read_card(path)
-            except (OSError, ValueError, TypeError):  # missing or damaged
+            except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged
                 files.write_atomically(path, self.page(stem, "not built").encode())
                 card = read_card(path)
             cards.append({"stem": stem, "title": title, **card})
@@ -110,7 +111,7 @@ class Report:
         grids = {name: self.exhibits[name].grid(self.profile, self.seeds) for name in self.notebooks[stem][1]}
         grid = list(dict.fromkeys(chain(*grids.values())))
         found = ensure(grid, self.profile, train=False)
-        left_out = {run: records.state(run) for run in grid if run not in found}
+        left_out = {run: records.state(run, self.profile) for run in grid if run not in found}
         origins = [record.result["provenance"] for record in found.values()]
         parts = [part for origin in origins for part in origin.get("parts", [origin])]  # a run may resume elsewhere
         trained = sorted(origin["finished"][:10] for origin in origins)
@@ -132,11 +133,20 @@ class Report:
             "runs": len(grid),
             "missing": len(left_out),
             "damaged": list(left_out.values()).count("damaged"),
-            "failed": [records.failure(run)["error"] for run, state in left_out.items() if state == "failed"],
+            "failed": [
+                records.failure(run, self.profile)["error"] for run, state in left_out.items() if state == "failed"
+            ],
             "lacking": [name for name, runs in grids.items() if not found.keys() >= set(runs)],
             "trained": sum(origin["seconds"] for origin in origins),
         }
         return facts, counts
+
+
+_texts = lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
+CARD = {"state": lambda value: value in ("done", "failed", "not built"), "error": lambda value: isinstance(value, str)}
+CARD |= dict.fromkeys(("failed?", "lacking?"), _texts)
+CARD |= dict.fromkeys(("runs?", "missing?", "damaged?", "trained?"), files.is_number)
+"""The form of what a page's head says of it."""
 
 
 def read_card(path):
@@ -145,7 +155,9 @@ def read_card(path):
 
     content = path.read_text(encoding="utf-8")
     card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
-    if table := re.search("<table.*?</table>", content, re.DOTALL):
+    if not files.fits(card, CARD):
+        raise ValueError("no card of ours")
+    if (table := re.search("<table.*?</table>", content, re.DOTALL)) and not re.search(EXTERNAL, table[0]):
         card["table"] = table[0]
     if picture := re.search(r'src="data:image/(?:webp|png|jpeg);base64,([^"]+)"', content):
         image, small = Image.open(io.BytesIO(base64.b64decode(picture[1]))), io.BytesIO()
@@ -170,13 +182,22 @@ def template(name):
 
 
 def markdown_converter(report):
-    """A function from Markdown to HTML for the cells of one page, which share one outline."""
+    """A function from Markdown to HTML for the cells of one page, which share one outline.
+
+    foreign: what a cell's code has made of records; HTML in it is text.
+    """
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class Renderer(IPythonRenderer):
         """Math as MathML, links to notebooks as links to their pages, headings in order with unique anchors."""
 
-        level, anchors = 0, []
+        level, anchors, foreign = 0, [], False
+
+        def inline_html(self, html_of):
+            return html.escape(html_of) if self.foreign else super().inline_html(html_of)
+
+        def block_html(self, html_of):
+            return f"<p>{html.escape(html_of)}</p>\n" if self.foreign else super().block_html(html_of)
 
         def inline_math(self, body):
             return mathml(body)
@@ -203,9 +224,15 @@ def markdown_converter(report):
                 url = Path(os.path.relpath(report.source / path, report.folder)).as_posix() + mark + anchor
             return super().link(text, url, title)
 
-    converter = MarkdownWithMath(renderer=Renderer(escape=False))
+    renderer = Renderer(escape=False, allow_harmful_protocols=False)
+    converter = MarkdownWithMath(renderer=renderer)
     punctuated = r"(<math[^>]*inline.>(?:(?!</math>).)*</math>)([.,;:!?)]+)"  # a line must not break in between
-    return lambda source: re.sub(punctuated, r'<span class="unbroken">\1\2</span>', converter.render(source))
+
+    def convert(source, foreign=False):
+        renderer.foreign = foreign
+        return re.sub(punctuated, r'<span class="unbroken">\1\2</span>', converter.render(source))
+
+    return convert
 
 
 def mathml(tex, display="inline"):

@@ -1,0 +1,132 @@
+"""What comes from outside stays outside: strangers' records, their text, links in the place of files."""
+
+import html
+import json
+import random
+from unittest import mock
+
+import pytest
+import strangers
+from nbformat import v4
+from test_report import shown_by
+
+from silalib import records
+from silalib.__main__ import main
+from silalib.analysis import plots, tables
+from silalib.experiments import EXHIBITS, Exhibit
+from silalib.launch.progress import Progress
+from silalib.report import pages
+from silalib.training import trainer
+
+
+def content(folder):
+    """Path -> (what it is, its bytes) of everything in a folder."""
+    return {path: (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def made(trained):
+    """(result, files) of the small run, as training gives them."""
+    run, folder = trained
+    record = records.load(run, folder)
+    result = {name: value for name, value in record.result.items() if name != "files"}
+    return result, {name: record.read(name) for name in record.result["files"] if name != "run.json"}
+
+
+@pytest.mark.parametrize("batches", [1, pytest.param(40, marks=pytest.mark.slow)])
+def test_mutated_records_end_no_command(batches, trained, made, plan, results, tmp_path, counts, capsys):
+    """Half of the records are whole, and shown; of the others each is damaged, or trained again, or harmless."""
+    run, source = trained
+    grid = [type(run)(**run.config | {"seed": seed}) for seed in range(80 if batches > 1 else 24)]
+    plan(grid)
+    tiny = {"tiny": Exhibit("Tiny", EXHIBITS["tiny"].grid, "01_tiny")}
+    victim, folder = tmp_path / "victim", results / "quick" / "runs"
+    for _ in range(batches):
+        seed = random.randrange(2**32)
+        chance = random.Random(seed)
+        strangers.reset(folder, victim)
+        for each in grid:
+            strangers.forged(folder / each.key, source, each)
+            if each.seed % 2:
+                strangers.mutate(folder / each.key, victim, chance)
+                counts["records mutated"] += 1
+        before = content(victim)
+        assert main(["status", "tiny"]) in (0, 1), seed
+        assert "\x1b" not in (told := capsys.readouterr().out) and "Traceback" not in told, seed
+        whole = {each for each in grid if records.state(each) == "done"}
+        assert {each for each in grid if each.seed % 2 == 0} <= whole, seed
+        report = pages.Report("quick", exhibits=tiny)
+        page = report.notebook_page("01_tiny", strangers.EMPTY)
+        assert f"<dd>{len(whole)} of {len(grid)}</dd>" in page, seed
+        assert strangers.Alive(page).found == [], seed
+        report.folder.mkdir(exist_ok=True)
+        report.write_index()
+        with mock.patch.object(trainer, "train", lambda *arguments, **how: made):
+            assert main(["train", "tiny", "--workers", "1", "--retry"]) in (0, 1), seed
+        error = capsys.readouterr().err
+        assert "\x1b" not in error and "Traceback" not in error and "internal error" not in error, (seed, error)
+        assert whole <= {each for each in grid if records.state(each) == "done"}, seed
+        assert content(victim) == before, seed
+
+
+HOSTILE = ("<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "[a](javascript:alert(1)) https://example.org")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_of_a_record_is_alive_in_a_page(text, record, tiny, results, monkeypatch):
+    """A hostile string in every text of every file, shown by every way from a record into a page."""
+    result = record.result
+    for name, value in [
+        ("device", text),
+        ("torch", text),
+        ("python", text),
+        ("silalib", {"code": text}),
+        ("new", text),
+    ]:
+        result["provenance"][name] = value
+    strangers.seal(record.path, result)
+    (failed := results / "quick" / "runs" / tiny(seed=7).key).mkdir()
+    records.write_failure(failed, text, epoch=text, step=text, lr=text)
+    grid = [record.run, tiny(seed=7)]
+    exhibits = {"tiny": Exhibit(text, lambda profile, seeds=None: grid, "01_tiny")}
+    found = {record.run: records.load(record.run)}
+    frame = tables.heads(grid, found).assign(**{text: text}).astype(str)
+    outputs = [shown_by(monkeypatch, plots.show_table, frame, "heads", "quick", text, records=found)]
+    outputs += [v4.new_output("display_data", {kind: text}) for kind in ("text/markdown", "text/plain", "text/latex")]
+    outputs += [v4.new_output("stream", name="stdout", text=text)]
+    cells = [v4.new_markdown_cell("# Tiny"), v4.new_code_cell("show()", outputs=outputs, execution_count=1)]
+    report = pages.Report("quick", exhibits=exhibits)
+    page = report.notebook_page("01_tiny", v4.new_notebook(cells=cells))
+    report.folder.mkdir()
+    (report.folder / "01_tiny.html").write_text(page)
+    (report.folder / "09_claims.html").write_text(report.page("09_claims", "failed", error=text, traceback=[text] * 2))
+    report.write_index()
+    for path in report.folder.iterdir():
+        alive = strangers.Alive(path.read_text()).found
+        assert [tag for tag in alive if tag != ("a", [("href", "https://example.org")])] == []
+    assert page.count(html.escape(text[:12])) >= 6
+
+
+@pytest.mark.parametrize("card", ['"x"', "{}", '{"state": "done", "error": "", "trained": "x"}', "[" * 10**5])
+def test_a_page_whose_head_is_not_ours_counts_as_not_built(card, results):
+    report = pages.Report("quick", exhibits={})
+    report.folder.mkdir(parents=True)
+    (report.folder / "09_claims.html").write_text(f'<meta name="card" content="{html.escape(card)}"><p>x</p>')
+    report.write_index()
+    assert "has not been built" in (report.folder / "09_claims.html").read_text()
+
+
+def test_what_goes_to_a_terminal_moves_nothing(tiny, results, plan, capsys):
+    """Also from a file's name, and from a line of progress."""
+    text = "\x1b[2J\x1b]0;title\x07a\r\nb\u202e\x9b"
+    plan([tiny()])
+    (folder := results / "quick" / "runs" / tiny().key).mkdir(parents=True)
+    (folder / "failed.json").write_text(json.dumps({"error": text}))
+    assert main(["status", "tiny"]) == 0
+    assert main(["train", "tiny", "--workers", "1"]) == 1
+    assert main(["data", "folder", "--from", f"/{text}", "--name", "x", "--size", "8"]) == 1
+    Progress({tiny(): 1.0}).finish(tiny(), text)
+    output = capsys.readouterr()
+    for stream in (output.out, output.err):
+        assert r"\x1b[2J\x1b]0;title\x07a\r\nb\u202e\x9b" in stream
+        assert all(c == "\n" or c.isprintable() for c in stream)
