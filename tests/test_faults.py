@@ -601,7 +601,10 @@ BAD = {
     "batch": (lambda run: replace(run, batch_size=10**9), "train_size 64 is below the batch size 1000000000"),
     "subset": (lambda run: ensure([replace(run, train_size=10**9)], workers=1), "digits has 1297 images"),
     "betas": (lambda run: replace(run, betas=(1, 2, 3)), "3 betas for 2 networks: give one each"),
-    "betas of a loss": (lambda run: siamese_labels([torch.ones(2, 3)], torch.tensor([0, 1]), [1, 2]), "2 betas for 1"),
+    "betas of a loss": (
+        lambda run: siamese_labels([torch.ones(2, 3)], torch.tensor([0, 1]), betas=[1, 2]),
+        "2 betas for 1",
+    ),
     "no logits": (lambda run: siamese_labels([], torch.tensor([0])), "no logits: give a list with one tensor"),
     "classes": (
         lambda run: siamese_labels([torch.ones(2, 3), torch.ones(2, 4)], torch.tensor([0, 1])),

@@ -64,7 +64,7 @@ def test_siamese_labels_is_cross_entropy_over_the_concatenation(count, uneven, c
     betas = UNEVEN[count] if uneven else None
     logits = heads(count)
     reference = copies(logits)
-    ours = siamese_labels(logits, TARGET, betas, coupling, reduction="none")
+    ours = siamese_labels(logits, TARGET, betas=betas, coupling=coupling, reduction="none")
     expected = naive_siamese(reference, TARGET, betas or (1.0,) * count, coupling)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     # different weights per sample, so that a mistake in one sample cannot cancel in the sum
@@ -87,10 +87,10 @@ def test_reductions():
     logits, betas = heads(2), (0.5, 2.0)
     each = naive_siamese(logits, TARGET, betas)
     for loss, arguments in [
-        (siamese_labels(logits, TARGET, betas), each.mean()),
-        (siamese_labels(logits, TARGET, betas, reduction="mean"), each.mean()),
-        (siamese_labels(logits, TARGET, betas, reduction="sum"), each.sum()),
-        (siamese_labels(logits, TARGET, betas, reduction="none"), each),
+        (siamese_labels(logits, TARGET, betas=betas), each.mean()),
+        (siamese_labels(logits, TARGET, betas=betas, reduction="mean"), each.mean()),
+        (siamese_labels(logits, TARGET, betas=betas, reduction="sum"), each.sum()),
+        (siamese_labels(logits, TARGET, betas=betas, reduction="none"), each),
     ]:
         torch.testing.assert_close(loss, arguments, rtol=1e-12, atol=0)
     kl = mutual_kl(logits, reduction="none")
@@ -104,7 +104,7 @@ def test_sila_is_independent_training_plus_a_coupling():
     s = torch.stack([z.logsumexp(1) for z in logits], 1)
     cross_entropy = sum(b * F.cross_entropy(z, TARGET, reduction="sum") for z, b in zip(logits, betas))
     coupling = -(F.log_softmax(s, 1) * torch.tensor(betas)).sum()
-    ours = siamese_labels(logits, TARGET, betas, reduction="sum")
+    ours = siamese_labels(logits, TARGET, betas=betas, reduction="sum")
     torch.testing.assert_close(ours, cross_entropy + coupling, rtol=1e-12, atol=0)
 
 
@@ -113,7 +113,7 @@ def test_gradient_identity():
     logits, betas = heads(3), (0.5, 2.0, 1.0)
     share = torch.stack([z.logsumexp(1) for z in logits], 1).softmax(1)
     truth = F.one_hot(TARGET, N)
-    actual = gradients(siamese_labels(logits, TARGET, betas, reduction="sum"), logits)
+    actual = gradients(siamese_labels(logits, TARGET, betas=betas, reduction="sum"), logits)
     for c, z in enumerate(logits):
         expected = sum(betas) * share[:, c, None] * z.softmax(1) - betas[c] * truth
         torch.testing.assert_close(actual[c], expected, rtol=1e-11, atol=1e-12)
@@ -143,7 +143,7 @@ def test_zero_peer_is_cross_entropy_and_the_coupling_to_zero(reduction):
         for beta, z in zip(betas, logits)
     )
     expected = expected if reduction == "none" else getattr(expected, reduction)()
-    actual = zero_peer(logits, TARGET, betas, reduction)
+    actual = zero_peer(logits, TARGET, betas=betas, reduction=reduction)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
     for a, b in zip(gradients(actual.sum(), logits), gradients(expected.sum(), logits)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
@@ -158,9 +158,9 @@ def test_mean_peer_is_independent_training_and_the_coupling_to_the_own_mean(redu
         s = z.logsumexp(1)
         m = s.mean().item()
         coupling = 2 * torch.log(2 * torch.cosh((s - m) / 2)) - 2 * math.log(2)
-        expected = expected + independent([z], TARGET, [beta], "none") + beta * coupling
+        expected = expected + independent([z], TARGET, betas=[beta], reduction="none") + beta * coupling
     expected = expected if reduction == "none" else getattr(expected, reduction)()
-    actual = mean_peer(logits, TARGET, betas, reduction)
+    actual = mean_peer(logits, TARGET, betas=betas, reduction=reduction)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
     for a, b in zip(gradients(actual.sum(), logits), gradients(expected.sum(), logits)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
@@ -203,7 +203,7 @@ def test_uneven_betas_are_at_rest_where_the_free_energies_differ_by_the_log_rati
     betas = (3.0, 0.5)
     first, second = equal_free_energies(2)
     logits = copies([first + math.log(betas[0] / betas[1]), second])
-    for gradient in gradients(siamese_labels(logits, TARGET, betas, reduction="sum"), logits):
+    for gradient in gradients(siamese_labels(logits, TARGET, betas=betas, reduction="sum"), logits):
         torch.testing.assert_close(gradient.sum(1), torch.zeros(B, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -211,7 +211,7 @@ def test_uneven_betas_are_at_rest_where_the_free_energies_differ_by_the_log_rati
 @pytest.mark.parametrize("betas", [None, (0.5, 2.0, 1.0)])
 def test_independent_is_coupling_zero_to_the_last_bit(dtype, betas):
     logits, again = heads(3, dtype), heads(3, dtype)
-    a, b = independent(logits, TARGET, betas), siamese_labels(again, TARGET, betas, coupling=0)
+    a, b = independent(logits, TARGET, betas=betas), siamese_labels(again, TARGET, betas=betas, coupling=0)
     assert torch.equal(a, b)
     assert all(map(torch.equal, gradients(a, logits), gradients(b, again)))
     expected = sum(w * F.cross_entropy(z, TARGET) for w, z in zip(betas or (1, 1, 1), again))
@@ -231,7 +231,7 @@ def test_one_head_has_nothing_to_couple_with():
 
 @pytest.mark.parametrize("betas", [None, (0.5, 2.0)])
 def test_gradcheck(betas):
-    assert torch.autograd.gradcheck(lambda *z: siamese_labels(z, TARGET, betas), heads(2))
+    assert torch.autograd.gradcheck(lambda *z: siamese_labels(z, TARGET, betas=betas), heads(2))
 
 
 # -- mutual learning
@@ -322,11 +322,11 @@ def test_methods():
     log_p = [F.log_softmax(z, 1) for z in logits]
     kl = sum(F.kl_div(log_p[c], log_p[k], reduction="batchmean", log_target=True) for c, k in peers) / 2
     for method, expected in {"ind": alone, "sila": sila, "dml": alone + kl, "sila+dml": sila + kl}.items():
-        torch.testing.assert_close(METHODS[method](logits, TARGET, betas), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(METHODS[method](logits, TARGET, betas=betas), expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(
-            METHODS[method](logits, TARGET, betas, reduction="sum"), B * expected, rtol=1e-12, atol=0
+            METHODS[method](logits, TARGET, betas=betas, reduction="sum"), B * expected, rtol=1e-12, atol=0
         )
-    half = siamese_mutual_learning(logits, TARGET, betas, coupling=0.5)
+    half = siamese_mutual_learning(logits, TARGET, betas=betas, coupling=0.5)
     torch.testing.assert_close(half, (alone + sila) / 2 + kl, rtol=1e-12, atol=0)
 
 
@@ -453,7 +453,7 @@ def test_mistakes_are_named(call, message):
 def test_module_is_the_function():
     logits, betas = heads(2), (0.5, 2.0)
     assert torch.equal(SiameseLabelsLoss()(logits, TARGET), siamese_labels(logits, TARGET))
-    module = SiameseLabelsLoss(betas, coupling=0.5, reduction="sum")
+    module = SiameseLabelsLoss(betas=betas, coupling=0.5, reduction="sum")
     expected = naive_siamese(logits, TARGET, betas, 0.5).sum()
     torch.testing.assert_close(module(logits, TARGET), expected, rtol=1e-12, atol=0)
     assert not list(module.parameters())
