@@ -182,7 +182,8 @@ class ClaimVerdict:
         """Reproduced where all primary effects are; contradicted, or else negligible, where any one is at the level of
         Bonferroni; before the planned seeds that, and where an effect has no verdict none."""
         alone = [effect.verdict for effect in self.primary]
-        if self.effects and not any(effect.exact or self.profile != "quick" for effect in self.primary):
+        judging = [effect for effect in self.primary if effect.exact or self.profile != "quick"]
+        if not judging and (self.effects or self.profile == "quick"):
             return "judges nothing"
         if set(alone) <= {"not run"}:
             return "not run"
