@@ -118,29 +118,38 @@ def train(options):
 
 
 def report(options):
+    from .analysis.status import recall
     from .experiments import EXHIBITS
-    from .records import state
-    from .report import pages
+    from .records import find, state
+    from .report import build, pages
 
     if options.exhibit != "all" and not EXHIBITS[options.exhibit].notebook:
         raise UserError(f"{options.exhibit} has no page: use `train {options.exhibit}` and `status {options.exhibit}`")
     runs, code = dict.fromkeys(chain(*grids(options).values())), 0
+    made = pages.Report(options.profile, options.seeds)
+    names = list(made.notebooks) if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
+    pending = [run for run in runs if not find(run, options.profile)]
+    todo = f"{len(pending)} of {len(runs)} runs to train, " if pending and not options.no_train else ""
+    print(f"profile {options.profile}: {todo}{len(names)} pages in {made.folder / 'index.html'}", flush=True)
+    made.write_index()
     try:
         if not options.no_train:
-            train_missing(options, runs)
+            with build.beside_training(made, names if pending else []):
+                train_missing(options, runs)
     except Stopped:
+        made.write_index()
         raise
     except UserError as error:  # the report shows what there is
         print(f"silalib: {error}", file=sys.stderr)
         code = 1
-    names = None if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
-    code = pages.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
+    code = build.build(options.profile, names, options.seeds, options.device, options.workers, train=False) or code
     states = Counter(state(run, options.profile) for run in runs)
     if missing := len(runs) - states["done"] - states["damaged"]:
         print(f"{missing} of {len(runs)} runs not run; the pages say what is missing", file=sys.stderr)
     if damaged := states["damaged"]:
         print(f"silalib: error: {damaged} of {len(runs)} runs with a damaged record, see `status`", file=sys.stderr)
         code = 1
+    print(*map(printable, recall()["lines"]), f"The report: {made.folder / 'index.html'}", sep="\n")
     return code
 
 

@@ -29,7 +29,7 @@ from silalib.files import ROOT, quarantine
 from silalib.launch.ensure import ensure, train_all
 from silalib.losses import siamese_labels
 from silalib.records import damage, failure, find, folders, load, state, write_record
-from silalib.report import pages
+from silalib.report import build, pages
 from silalib.run import Run
 from silalib.training import checkpoint, trainer
 
@@ -532,7 +532,7 @@ def test_a_kernel_that_dies_is_a_failed_page_and_the_rest_is_built(results, tmp_
         cells = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), v4.new_code_cell(source)]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{stem}.ipynb")
-    assert pages.build("quick", train=False, folder=folder, exhibits={}) == 1
+    assert build.build("quick", train=False, folder=folder, exhibits={}) == 1
     dead, alive = ((results / "quick" / "report" / f"{stem}.html").read_text() for stem, _ in names)
     assert "could not be built" in dead and "DeadKernelError" in dead
     assert "42" in alive and "could not be built" not in alive

@@ -13,7 +13,7 @@ from silalib.analysis import plots
 from silalib.errors import Stopped, UserError
 from silalib.experiments import EXHIBITS, Exhibit
 from silalib.files import ROOT
-from silalib.report import notebooks, pages
+from silalib.report import build, notebooks, pages
 
 PARAMETERS = 'profile = "quick"\nseeds = None\ndevice = "auto"\nworkers = None\ntrain = True'
 
@@ -115,7 +115,7 @@ def test_build_executes_and_every_failure_is_told(tmp_path, exhibits, results, c
     write(tmp_path, "00_siamese_labels", "# The method", v4.new_code_cell(shows))
     write(tmp_path, "09_claims", v4.new_code_cell("import sys\nsys.exit(0)"), v4.new_code_cell("print('finished')"))
     write(tmp_path, "01_tiny", v4.new_code_cell("raise ValueError('of <this>\\nand that')"))
-    assert pages.build("quick", None, [3, 4], train=False, folder=tmp_path, exhibits=exhibits) == 1
+    assert build.build("quick", None, [3, 4], train=False, folder=tmp_path, exhibits=exhibits) == 1
     done, error, failed = [path.read_text() for path in sorted(folder.glob("0*.html"))]
     assert f"{ROOT / 'silalib' / '__init__.py'} {ROOT} quick [3, 4] False" in done
     assert "noise" not in done
@@ -138,12 +138,12 @@ def test_failures_before_the_kernel_are_one_line(tmp_path, exhibits, results, ca
     text = (tmp_path / "00_siamese_labels.ipynb").read_text().replace("workers = None", "pass")
     (tmp_path / "00_siamese_labels.ipynb").write_text(text)
     stems = ["00_siamese_labels", "01_tiny"]
-    assert pages.build("quick", stems, folder=tmp_path, exhibits=exhibits) == 1
+    assert build.build("quick", stems, folder=tmp_path, exhibits=exhibits) == 1
     errors = capsys.readouterr().err
     assert "  00_siamese_labels.ipynb does not set workers in a cell tagged 'parameters'\n" in errors
     assert "01_tiny.ipynb is missing" in errors
     with pytest.raises(UserError, match="unknown profile"):
-        pages.build("huge")
+        build.build("huge")
 
 
 def test_an_error_of_the_users_has_no_traceback(exhibits):
@@ -377,6 +377,6 @@ def test_a_signal_leaves_pages_as_they_were(tmp_path, results, exhibits):
     stems = ["00_siamese_labels", "09_claims"]
     write(tmp_path, "09_claims", v4.new_code_cell("import time\ntime.sleep(60)"))
     with pytest.raises(Stopped, match="stopped with 2 of 2 pages left"):
-        pages.build("quick", stems, folder=tmp_path, exhibits=exhibits)
+        build.build("quick", stems, folder=tmp_path, exhibits=exhibits)
     assert (report.folder / "00_siamese_labels.html").read_text(encoding="utf-8") == old
     assert "not built" in (report.folder / "index.html").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from ..data import data_folder
 from ..errors import NoRoom, Stopped, UserError, printable
@@ -47,17 +47,20 @@ def say(*lines):
     sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))  # in one piece, as several threads speak
 
 
-def execute_all(paths, parameters):
-    """Yield (stem, future of the executed notebook) as they finish, AT_ONCE at a time. Raises Stopped after a signal.
+def execute_all(paths, parameters, stopped=None):
+    """Yield (stem, future of the executed notebook) as they finish, AT_ONCE at a time. Raises Stopped after a signal,
+    or once the event `stopped` is set.
 
     The kernels are then interrupted, which lets training write its checkpoints, and killed after ten seconds.
     """
+    if not paths:
+        return
     import papermill  # noqa: F401  once here, before two threads want it
 
     kernels = {}
     with (
         tempfile.TemporaryDirectory(prefix="silalib-") as private,
-        processes.interruptible() as stopped,
+        nullcontext(stopped) if stopped else processes.interruptible() as stopped,
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):
         futures = {pool.submit(execute, path, parameters, kernels, private): path.stem for path in paths}

@@ -17,11 +17,10 @@ from pathlib import Path
 from .. import files, records
 from ..analysis import claims, tables
 from ..data import dataset
-from ..errors import UserError
 from ..experiments import EXHIBITS, check_profile
 from ..launch.ensure import ensure
 from ..launch.progress import duration
-from .notebooks import FOLDER, PageFailed, contents, execute_all, first_line, say
+from .notebooks import FOLDER, PageFailed, contents
 
 EXTERNAL = (
     r"""<[^>]*\s(?:src|srcset|poster)=(?!["']?data:)[^>]*>|<(?:script|link|object|iframe|embed|base|form)\b"""
@@ -33,41 +32,6 @@ EXTERNAL = (
 TABLE = r"(?:<style[^>]*>[^<]*</style>\s*)?<table.*?</table>"
 
 
-def build(profile, stems=None, seeds=None, device="auto", workers=None, train=True, folder=FOLDER, exhibits=EXHIBITS):
-    """Execute the notebooks of these stems, by default all, and render their pages and the index.
-
-    folder: of the notebooks; the arguments before it are their parameters. Returns the exit status: 0, or 1 if a page
-    failed; such a page then says so. Raises Stopped after a signal; the pages that were not finished stay as they were.
-    """
-    report = Report(profile, seeds, folder, exhibits)
-    stems = stems or list(report.notebooks)
-    executed = report.folder.with_name("notebooks")
-    try:
-        report.folder.mkdir(parents=True, exist_ok=True)
-        executed.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        raise UserError(f"cannot write to {report.folder}: set SILALIB_RESULTS to a folder of yours") from None
-    parameters = dict(profile=profile, seeds=seeds, device=device, workers=workers, train=train)
-    failed = 0
-    try:
-        for stem, future in execute_all([folder / f"{stem}.ipynb" for stem in stems], parameters):
-            try:
-                notebook = future.result()
-                page = report.notebook_page(stem, notebook)
-                files.write_atomically(executed / f"{stem}.ipynb", files.to_json(notebook))
-            except Exception as error:  # whatever it is, the other pages are built
-                line = str(error) if isinstance(error, UserError) else first_line(type(error).__name__, error)
-                page = report.page(stem, "failed", error=line, traceback=getattr(error, "traceback", ()))
-                (executed / f"{stem}.ipynb").unlink(missing_ok=True)
-                say(f"{stem}: failed", f"  {line}")
-                failed += 1
-            files.write_atomically(report.folder / f"{stem}.html", page.encode())
-    finally:
-        report.write_index()
-    print(report.folder / "index.html", flush=True)
-    return 1 if failed else 0
-
-
 class Report:
     """The pages of one profile, in `folder`. seeds: those asked for, or None for the profile's own."""
 
@@ -77,14 +41,17 @@ class Report:
         self.folder = files.results_folder(profile) / "report"
         self.notebooks = contents(exhibits)
 
-    def notebook_page(self, stem, notebook):
-        """The page of an executed notebook. Raises PageFailed for unknown math or something outside of the page."""
+    def notebook_page(self, stem, notebook, inputs=""):
+        """The page of an executed notebook. Raises PageFailed for unknown math, or something outside of the page.
+
+        inputs: a checksum of what it is made of, for the page's head.
+        """
         body = template("cells").render(cells=notebook.cells, report=self, stem=stem, markdown=markdown_converter(self))
         if found := re.search(EXTERNAL, body):
             raise PageFailed(f"{stem}.ipynb shows something from outside of the page: {found[0][:80]}")
         heading, end, rest = re.sub(TABLE, with_roles, body, flags=re.DOTALL).rpartition("</h1>")
         facts, counts = self.provenance(stem)
-        return self.page(stem, "done", counts, heading=heading + end, facts=facts, body=rest)
+        return self.page(stem, "done", counts | {"inputs": inputs}, heading=heading + end, facts=facts, body=rest)
 
     def page(self, stem, state, counts=(), error="", **parts):
         """A page, "done", "failed" or "not built", with its navigation. What the index says of it is in its head."""
@@ -144,7 +111,7 @@ class Report:
 
 _texts = lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
 CARD = {"state": lambda value: value in ("done", "failed", "not built"), "error": lambda value: isinstance(value, str)}
-CARD |= dict.fromkeys(("failed?", "lacking?"), _texts)
+CARD |= {"inputs?": lambda value: isinstance(value, str)} | dict.fromkeys(("failed?", "lacking?"), _texts)
 CARD |= dict.fromkeys(("runs?", "missing?", "damaged?", "trained?"), files.is_number)
 """The form of what a page's head says of it."""
 

@@ -1,0 +1,119 @@
+"""Make the report: execute the notebooks whose inputs have changed, beside the training and after it."""
+
+import hashlib
+import threading
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+
+from .. import data, files, records
+from ..errors import Stopped, UserError
+from ..experiments import EXHIBITS
+from .notebooks import FOLDER, execute_all, first_line, say
+from .pages import Report, read_card
+
+LIBRARIES = ("torch", "numpy", "pandas", "scipy", "matplotlib", "nbconvert", "papermill", "latex2mathml")
+
+
+def build(
+    profile, stems=None, seeds=None, device="auto", workers=None, train=True, folder=FOLDER, exhibits=EXHIBITS,
+    stopped=None,
+):  # fmt: skip
+    """Execute the notebooks of these stems, by default all, and render their pages and the index. A page stays as it is
+    where its notebook, records, code, libraries and parameters are those it was made of.
+
+    folder: of the notebooks; the arguments before it are their parameters. stopped: an event that ends it, instead of a
+    signal. Returns the exit status: 0, or 1 if a page failed; such a page then says so. Raises Stopped after a signal;
+    the pages that were not finished stay as they were.
+    """
+    report = Report(profile, seeds, folder, exhibits)
+    executed = report.folder.with_name("notebooks")
+    try:
+        report.folder.mkdir(parents=True, exist_ok=True)
+        executed.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise UserError(f"cannot write to {report.folder}: set SILALIB_RESULTS to a folder of yours") from None
+    made_of = {stem: inputs(report, stem, train) for stem in stems or report.notebooks}
+    changed = [stem for stem in made_of if not unchanged(report, stem, made_of[stem])]
+    if len(changed) < len(made_of):
+        say(f"{len(made_of) - len(changed)} of {len(made_of)} pages are as their records and code are: kept")
+    parameters = dict(profile=profile, seeds=seeds, device=device, workers=workers, train=train)
+    failed = 0
+    try:
+        for stem, future in execute_all([folder / f"{stem}.ipynb" for stem in changed], parameters, stopped):
+            try:
+                notebook = future.result()
+                page = report.notebook_page(stem, notebook, made_of[stem])
+                files.write_atomically(executed / f"{stem}.ipynb", files.to_json(notebook))
+            except Exception as error:  # whatever it is, the other pages are built
+                line = str(error) if isinstance(error, UserError) else first_line(type(error).__name__, error)
+                page = report.page(stem, "failed", error=line, traceback=getattr(error, "traceback", ()))
+                (executed / f"{stem}.ipynb").unlink(missing_ok=True)
+                say(f"{stem}: failed", f"  {line}")
+                failed += 1
+            files.write_atomically(report.folder / f"{stem}.html", page.encode())
+    finally:
+        report.write_index()
+    return 1 if failed else 0
+
+
+def inputs(report, stem, train=False):
+    """A checksum of what a page is made of."""
+    digest, package = hashlib.sha256(repr((report.seeds, train)).encode()), Path(__file__).parent.parent
+    sources = [path for path in sorted(package.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+    for path in [*filter(Path.exists, [report.source / f"{stem}.ipynb"]), *sources]:
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    runs = runs_of(report, stem)
+    for path in sorted(path for run in runs for folder in records.folders(run) for path in folder.glob("*.*")):
+        if path.suffix not in (".pt", ".tmp"):
+            digest.update(f"{path.parent.name} {path.name} {path.stat().st_size}\0".encode())
+        if path.name in ("result.sha256", "failed.json"):
+            digest.update(path.read_bytes())
+    here = [(name, data.is_available(name)) for name in sorted({run.dataset for run in runs})]
+    digest.update(repr([here, [version(name) for name in LIBRARIES]]).encode())
+    return digest.hexdigest()
+
+
+def runs_of(report, stem):
+    """The runs that a page shows: those of its exhibits, or of all."""
+    names = report.notebooks[stem][1] or report.exhibits
+    return list(dict.fromkeys(chain(*(report.exhibits[name].grid(report.profile, report.seeds) for name in names))))
+
+
+def unchanged(report, stem, made_of):
+    try:
+        card = read_card(report.folder / f"{stem}.html")
+    except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged
+        return False
+    return card.get("inputs") == made_of and report.folder.with_name("notebooks").joinpath(f"{stem}.ipynb").exists()
+
+
+@contextmanager
+def beside_training(report, stems, build=build):
+    """Meanwhile pages are made as their runs end; the one under way when training stops is given up."""
+    ended, stopped = threading.Event(), threading.Event()
+    waiting = {stem: runs_of(report, stem) for stem in stems if report.notebooks[stem][1]}
+    has_ended = lambda run: records.find(run, report.profile) or records.failure(run, report.profile)
+
+    def work():
+        while waiting and not ended.wait(1):
+            for stem in [stem for stem, runs in waiting.items() if all(map(has_ended, runs))]:
+                del waiting[stem]
+                try:
+                    build(report.profile, [stem], report.seeds, train=False, stopped=stopped)
+                except Stopped:
+                    return
+                except UserError as error:
+                    say(f"{stem}: {error}")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        stopped.set()
+        raise
+    finally:
+        ended.set()
+        thread.join()
