@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..data import DATASETS, data_folder, load
 from ..data.prepared import FILES, checksums, describe, verify
 from ..errors import CorruptFile, MissingData, Stopped, UserError, printable
-from ..files import quarantine, read_sealed, sha256, to_npy, write_atomically, write_sealed
+from ..files import quarantine, read_sealed, sha256, to_npy, unwritable, write_atomically, write_sealed
 from .processes import cpu_cores, finished, interruptible
 
 IMAGE = re.compile(r"[^.].*\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)", re.IGNORECASE | re.DOTALL)
@@ -139,7 +139,7 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128)
     except Timeout:
         raise UserError(f"another process is preparing {folder}") from None
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror or error}); start again to go on") from None
+        raise unwritable(folder, error) from None
     load.cache_clear()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import files, records
 from ..analysis import claims, tables
 from ..data import dataset
-from ..errors import UserError
+from ..errors import NoRoom, UserError
 from ..experiments import EXHIBITS, check_profile
 from ..launch.ensure import ensure
 from ..launch.progress import duration
@@ -45,8 +45,8 @@ def build(profile, stems=None, seeds=None, device="auto", workers=None, train=Tr
     try:
         report.folder.mkdir(parents=True, exist_ok=True)
         executed.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        raise UserError(f"cannot write to {report.folder}: set SILALIB_RESULTS to a folder of yours") from None
+    except OSError as error:
+        raise files.unwritable(report.folder, error) from None
     parameters = dict(profile=profile, seeds=seeds, device=device, workers=workers, train=train)
     failed = 0
     try:
@@ -55,7 +55,11 @@ def build(profile, stems=None, seeds=None, device="auto", workers=None, train=Tr
                 notebook = future.result()
                 page = report.notebook_page(stem, notebook)
                 files.write_atomically(executed / f"{stem}.ipynb", files.to_json(notebook))
+            except NoRoom:  # for the other pages neither
+                raise
             except Exception as error:  # whatever it is, the other pages are built
+                if isinstance(error, OSError) and error.errno in files.FULL:
+                    raise files.unwritable(report.folder, error) from None
                 line = str(error) if isinstance(error, UserError) else first_line(type(error).__name__, error)
                 page = report.page(stem, "failed", error=line, traceback=getattr(error, "traceback", ()))
                 (executed / f"{stem}.ipynb").unlink(missing_ok=True)
