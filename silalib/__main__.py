@@ -190,7 +190,22 @@ def fetch_data(options):
     print(f"{spec.title}: {train} training and {test} test images {where}")
 
 
+def mend_streams():
+    """Open what of standard input, output and error was closed, and write in it what its encoding lacks as escapes."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments=None):
+    mend_streams()
     try:
         options = parser().parse_args(arguments)
         if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["RANK"]):  # not the first of torchrun's processes

@@ -49,7 +49,7 @@ def read_bytes(path, what):
 def write_atomically(path, content, previous=None):
     """Write bytes under a temporary name, flush them to disk, rename: the file is whole or not there.
 
-    previous: the new name of a file that is there already. Raises NoRoom on a disk that is full or read-only.
+    previous: the new name of a file that is there already. Raises NoRoom where nothing can be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -65,12 +65,29 @@ def write_atomically(path, content, previous=None):
         os.fsync(folder)  # without it a power cut can undo the renaming
         os.close(folder)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if error.errno not in (*FULL, *FORBIDDEN):
             raise
-        how = "make room and start again to go on; what was there is kept"
-        raise NoRoom(f"cannot write {path} ({error.strerror}): {how}") from None
+        raise unwritable(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES, errno.EPERM)
+UNLOCKED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def unwritable(path, error):
+    """The UserError for an OSError in writing: what failed, and how its cause is mended."""
+    reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", errno.ENOSYS)
+    if number in FULL:
+        how = "make room and start again to go on; what was there is kept"
+        return NoRoom(f"cannot write {path} ({reason}): {how}")
+    variable = "SILALIB_RESULTS" if path.is_relative_to(results_folder("")) else "SILALIB_DATA"
+    if number in UNLOCKED:
+        return UserError(
+            f"the file system of {path} has no locks ({reason}): set {variable} to a folder on another one"
+        )
+    return NoRoom(f"cannot write to {path} ({reason}): set {variable} to a folder of yours")
 
 
 def write_sealed(path, value):

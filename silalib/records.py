@@ -23,7 +23,7 @@ from .data import dataset, known_checksum
 from .data.augment import Normalise
 from .errors import CorruptFile, Stopped, UserError, printable
 from .experiments import PROFILES
-from .files import fits, is_number, is_text, read_bytes, results_folder, sha256, to_json, write_atomically
+from .files import fits, is_number, is_text, read_bytes, results_folder, sha256, to_json, unwritable, write_atomically
 from .models import EXITS
 from .run import PROTOCOL, Run
 from .training.checkpoint import CHECKPOINTS, read_checkpoint
@@ -316,9 +316,8 @@ def lock(folder, wait=lambda: False, message=lambda text: None):
                 if not wait():
                     raise Stopped("stopped while waiting for another process") from None
                 seconds = 0.5
-    except OSError as error:
-        how = f"({error.strerror or error}): set SILALIB_RESULTS to a folder of yours"
-        raise UserError(f"cannot write to {folder} {how}") from None
+    except (OSError, NotImplementedError) as error:  # the latter by older versions of filelock
+        raise unwritable(folder, error) from None
     try:
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)

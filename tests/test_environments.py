@@ -1,15 +1,25 @@
-"""The report in users' environments: none of them changes a figure, or loses one."""
+"""The user's machine: settings, cores, streams, and what cannot be written; none of it changes a figure."""
 
+import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
+import test_report
+import torch
+from nbformat import v4
 
+from silalib.__main__ import main
+from silalib.errors import NoRoom
+from silalib.experiments import Exhibit
 from silalib.files import ROOT
-from silalib.report import notebooks
+from silalib.launch import ensure, processes
+from silalib.report import notebooks, pages
 
 RC = "figure.facecolor: red\nfont.size: 30\nlines.linewidth: 9\nsavefig.dpi: 10\ntext.color: blue\nbackend: TkAgg\n"
 STARTUP = "import matplotlib\nmatplotlib.rcParams['figure.facecolor'] = 'red'\nprint('startup')\nimport nothing\n"
@@ -110,3 +120,121 @@ def test_a_kernel_has_absolute_folders_and_no_settings_of_the_users(tmp_path, mo
     assert found["PYTHONPATH"].split(":") == [str(ROOT), str(tmp_path / "a"), "/b"]
     assert found["MPLBACKEND"] == "agg" and found["IPYTHONDIR"] == "/private" and found["HOME"] == os.environ["HOME"]
     assert {"PYTHONSTARTUP", "JUPYTER_PATH", "MATPLOTLIBRC"}.isdisjoint(found)
+
+
+# -- the share of the CPU
+
+
+def cgroup(root, membership, **files):
+    write(root / "proc" / "self" / "cgroup", membership)
+    for name, text in files.items():
+        write(root / "sys" / "fs" / "cgroup" / name, text)
+
+
+def test_cores_are_the_least_of_what_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    cores = lambda: processes.cpu_cores(tmp_path)
+    assert cores() == 64  # no cgroups
+    cgroup(tmp_path, "0::/a/b\n", **{"a/b/cpu.max": "max 100000\n"})
+    assert cores() == 64
+    cgroup(tmp_path, "0::/a/b\n", **{"a/cpu.max": "450000 100000\n"})  # that of the group above counts too
+    assert cores() == 4
+    cgroup(tmp_path, "0::/a/b\n", **{"a/b/cpu.max": "20000 100000\n"})
+    assert cores() == 1  # a fifth
+    names = {"cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}
+    cgroup(tmp_path, "3:cpuset:/\n4:cpu,cpuacct:/docker/x\n", **names)
+    assert cores() == 64
+    cgroup(tmp_path, "4:cpu,cpuacct:/docker/x\n", **names | {"cpu,cpuacct/cpu.cfs_quota_us": "300000\n"})
+    assert cores() == 3  # as in a container, where the group is the root
+    for text, expected in [("2", 2), ("99", 3), ("x", 3), ("0", 3), ("", 3)]:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", text)
+        assert cores() == expected
+
+
+@pytest.mark.parametrize("text, threads", [("1", 1), ("2", 2), ("2,1", 2), ("99", 8), ("x", 8), ("", 8)])
+def test_threads_of_a_process_are_bounded(text, threads, monkeypatch):
+    monkeypatch.setattr(ensure, "cpu_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert ensure.share(torch.device("cpu"), 1, 9) == (1, threads)
+    assert ensure.share(torch.device("cpu"), 4, 9) == (4, min(threads, 2))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun sets it to 1 where the user has not
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ensure.share(torch.device("cpu"), None, 9) == (1, 4)
+
+
+# -- what cannot be written, and why
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (errno.ENOSPC, "make room and start again"),
+        (errno.EROFS, "set SILALIB_RESULTS to a folder of yours"),
+        (errno.EACCES, "set SILALIB_RESULTS to a folder of yours"),
+        (errno.ENOLCK, "has no locks (No locks available): set SILALIB_RESULTS to a folder on another one"),
+    ],
+)
+def test_a_cause_has_one_text_with_its_mend(number, words, tiny, plan, results, capsys):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    plan([tiny()])
+    place = "fcntl.flock" if number == errno.ENOLCK else "os.fsync"
+    with mock.patch(place, fails):
+        assert main(["train", "tiny", "--workers", "1"]) == 1
+    error = capsys.readouterr().err
+    assert words in error and ".tmp" not in error and str(results) in error.splitlines()[-1]
+
+
+def test_workers_without_shared_memory_say_so(tiny, plan, cores, capsys):
+    plan([tiny(seed=seed) for seed in range(2)])
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    with mock.patch("_multiprocessing.SemLock", side_effect=error):
+        assert main(["train", "tiny", "--workers", "2"]) == 1
+    line = "no shared memory for worker processes (Read-only file system): make /dev/shm writable, or use --workers 1"
+    assert capsys.readouterr().err.splitlines()[-1] == f"silalib: error: {line}"
+
+
+def test_no_room_ends_a_report_in_one_line_and_old_pages_stay(tmp_path, results):
+    grid = {"tiny": Exhibit("Tiny", lambda profile, seeds=None: [], "01_tiny")}
+    large = "from IPython.display import HTML\nHTML('<p>large</p>' * 10**5)"
+    test_report.write(tmp_path, "00_siamese_labels", v4.new_code_cell(large))
+    folder = results / "quick" / "report"
+    folder.mkdir(parents=True)
+    old = pages.Report("quick", exhibits=grid).page("00_siamese_labels", "failed", error="an old page")
+    (folder / "00_siamese_labels.html").write_text(old)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        with pytest.raises(NoRoom, match=r"File too large.*: make room and start again"):
+            pages.build("quick", ["00_siamese_labels"], folder=tmp_path, exhibits=grid)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (folder / "00_siamese_labels.html").read_text() == old
+    assert not [path for path in results.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_a_kernel_without_room_ends_the_report_too(tmp_path, results):
+    source = "from silalib.errors import NoRoom\nraise NoRoom('cannot write x (full): make room')"
+    test_report.write(tmp_path, "00_siamese_labels", v4.new_code_cell(source))
+    with pytest.raises(NoRoom, match=r"^cannot write x"):
+        pages.build("quick", ["00_siamese_labels"], folder=tmp_path, exhibits={})
+    assert not (results / "quick" / "report" / "00_siamese_labels.html").read_text().count("could not be built")
+
+
+@pytest.mark.parametrize("closed", [(2,), (1, 2), (0, 1, 2)])
+def test_closed_streams_harm_nothing(closed, tiny, results):
+    """What is opened next would take their numbers, and be written to."""
+    close = "; ".join(f"os.close({number})" for number in closed)
+    null = "; ".join(f"sys.{('stdin', 'stdout', 'stderr')[number]} = None" for number in closed)
+    code = f"import os, sys; {close}; {null}; from silalib.__main__ import main; sys.exit(main(['data', 'nothing']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_text_that_a_stream_cannot_show_is_spelled(tmp_path):
+    command = [sys.executable, "-m", "silalib", "data", "folder", "--from", "/é", "--name", "x", "--size", "8"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith(rb"silalib: error: /\xe9 is not a folder")

@@ -137,7 +137,82 @@ def test_a_palette_with_a_transparent_colour(tmp_path):
     assert (prepare.decode(tmp_path / "a.png", 8) == (200, 100, 50)).all()
 
 
+GRADIENT = np.arange(256, dtype=np.uint16).reshape(16, 16)
+
+
+def stored(values, kind="TIFF", **tags):
+    """An image file of these values; tags: names of TIFF's -> their values."""
+    from PIL import TiffTags
+
+    named = {info.name: number for number, info in TiffTags.TAGS_V2.items()}
+    written = {"tiffinfo": {named[name]: value for name, value in tags.items()}} if tags else {}
+    Image.fromarray(values).save(file := io.BytesIO(), kind, **written)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        stored(GRADIENT.astype(np.uint8)),
+        stored(GRADIENT.astype(np.uint8), "PNG"),
+        stored(GRADIENT * 257),
+        stored(GRADIENT * 257, "PNG"),
+        stored(GRADIENT * 257, "PPM"),
+        stored(np.rint(GRADIENT * (16383 / 255)).astype(np.uint16), MaxSampleValue=16383),
+        stored(np.rint(GRADIENT * (16383 / 255)).astype(np.int32), SMaxSampleValue=16383.0),
+        stored(GRADIENT.astype(np.int32), SMaxSampleValue=255.0),
+        stored(GRADIENT.astype(np.int32) * 257, SMaxSampleValue=65535.0),
+        stored((GRADIENT / 255).astype(np.float32)),
+        stored(GRADIENT.astype(np.float32), SMaxSampleValue=255.0),
+        stored(GRADIENT.astype(np.float32) * 257, SMaxSampleValue=65535.0),
+        stored((255 - GRADIENT) * 257, PhotometricInterpretation=0),  # white is zero
+        stored(GRADIENT * 257, MaxSampleValue=64000),  # the largest of an image is no range
+    ],
+)
+def test_one_gradient_in_every_format(file):
+    np.testing.assert_array_equal(prepare.decode(file, 16), np.repeat(GRADIENT[..., None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        stored(GRADIENT),  # 8 bits in 16, or a dark image
+        stored(GRADIENT * 64),  # 14 bits in 16
+        stored(GRADIENT.astype(np.int32)),
+        stored(GRADIENT.astype(np.int32) * 257),
+        stored(GRADIENT.astype(np.float32)),
+        stored(GRADIENT.astype(np.float32) * 257),
+        stored((GRADIENT / 255 - 0.5).astype(np.float32)),
+        stored(np.where(GRADIENT == 9, np.nan, GRADIENT / 255).astype(np.float32)),
+        stored(GRADIENT.astype(np.int32) * 257, SMaxSampleValue=255.0),
+    ],
+)
+def test_a_range_that_cannot_be_told_is_refused(file):
+    with pytest.raises(ValueError, match="pixels cannot be told: save it in 8 bits"):
+        prepare.decode(file, 16)
+
+
+def test_a_long_image_does_not_grow(tmp_path):
+    """100,000 times as long as wide: resized as it is it would have 3 * 224 * 22 million bytes. Its middle is shown."""
+    strip = np.zeros((1, 100_000, 3), np.uint8)
+    strip[:, 49_900:50_100] = 200
+    Image.fromarray(strip).save(tmp_path / "a.png")
+    assert (prepare.decode(tmp_path / "a.png", 224) == 200).all()
+
+
 # -- trees
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git", "lost+found"])
+def test_what_programs_leave_is_no_data(name, tree):
+    """At every level: beside train/ and val/, beside the classes, in a class and below."""
+    before = prepare.list_images(tree)
+    for place in (tree, tree / "train", tree / "val", tree / "train" / "ant", tree / "train" / "ant" / name):
+        (place / name).mkdir()
+        picture(0).save(place / name / "copy.png")
+    picture(0).save(tree / "train" / "ant" / "._0.png")
+    assert prepare.list_images(tree) == before
 
 
 def test_a_prepared_folder(tree, data_folder, capsys):
@@ -265,6 +340,46 @@ def test_a_flat_val_with_its_ground_truth(kind, imagenet, tmp_path, data_folder)
     whole = data.load("imagenet100")
     assert whole.test_labels.tolist() == list(range(100))
     assert first_pixels(whole.test_images) == [[i, 0, 1] for i in range(100)]
+
+
+def byte_order_mark(path):
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n"))
+
+
+def in_line(number, text):
+    def change(path):
+        lines = path.read_bytes().splitlines()
+        lines[number - 1] = text
+        path.write_bytes(b"\n".join(lines))
+
+    change.line = number
+    return change
+
+
+@pytest.mark.parametrize("kind, change", [
+    *((kind, byte_order_mark) for kind in ("devkit", "kaggle")),
+    ("kaggle", in_line(1, b"image,label")), ("kaggle", in_line(7, b"no comma")), ("kaggle", in_line(7, b"\xff,\x00")),
+    ("kaggle", in_line(9, b"ILSVRC2012_val_00000009,")), ("devkit", in_line(3, b"x")), ("devkit", in_line(5, b"2000")),
+])  # fmt: skip
+def test_a_fault_in_the_ground_truth_names_file_and_line(kind, change, imagenet, tmp_path):
+    truth = flatten(imagenet, tmp_path / "flat")
+    (write_devkit if kind == "devkit" else write_kaggle)(tmp_path / "flat", truth)
+    name = "LOC_val_solution.csv" if kind == "kaggle" else "ILSVRC2012_validation_ground_truth.txt"
+    (path,) = (tmp_path / "flat").rglob(name)
+    change(path)
+    if change is byte_order_mark:
+        assert list(prepare.ground_truth(tmp_path / "flat" / "val").values()).count(truth[0]) == 1
+    else:
+        with pytest.raises(UserError, match=f"{name}, line {change.line}: .* is not of ImageNet's ground truth"):
+            prepare.ground_truth(tmp_path / "flat" / "val")
+
+
+def test_a_damaged_table_of_ids_is_named(imagenet, tmp_path):
+    write_devkit(tmp_path, flatten(imagenet, tmp_path / "flat"))
+    (path,) = tmp_path.rglob("meta.mat")
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"meta\.mat is damaged"):
+        prepare.ground_truth(tmp_path / "flat" / "val")
 
 
 # -- interruptions

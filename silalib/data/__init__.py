@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 
 from ..errors import MissingData, UserError
-from ..files import ROOT
+from ..files import ROOT, unwritable
 from . import prepared
 from .batches import AT_ONCE, MemoryMapped, in_batches
 
@@ -169,8 +169,7 @@ def _from_torchvision(name):
             found = found or _read(name, download=True)
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError):  # a URLError has no number
-            instead = "set SILALIB_DATA to a folder of yours, with room in it"
-            raise UserError(f"cannot write to {root} ({error.strerror}): {instead}") from None
+            raise unwritable(root, error) from None
     if found is None:
         raise MissingData(f"no network and {where} is {state}: put {DATASETS[name].title} there")
     return found

@@ -16,7 +16,7 @@ from ..run import Run
 from ..training import execution, provenance
 from . import torchrun
 from .estimate import cost
-from .processes import cpu_cores, interruptible
+from .processes import cpu_cores, interruptible, whole_number
 from .progress import Progress
 from .ray_cluster import in_cluster
 from .workers import UNLIKE, Job, Schedule, in_this_process, in_workers
@@ -132,11 +132,16 @@ def in_turns(runs, profile):
 
 
 def share(place, workers, runs):
-    """(how many of so many runs are trained at once, threads of each): by default each has a core, or a GPU meant."""
+    """(how many of so many runs are trained at once, threads of each): by default each has a core, or a GPU meant.
+
+    OMP_NUM_THREADS bounds the threads; not under torchrun, which sets it to 1 by itself.
+    """
     cpu, together = place.type == "cpu", torchrun.size() > 1  # torchrun's processes share the cores of their machine
     own = cpu_cores() if cpu else torch.cuda.device_count() if place.index is None else 1
     beside = int(os.environ["LOCAL_WORLD_SIZE"]) if together else workers or own
-    return 1 if together else min(beside, runs), max(1, cpu_cores() // beside) if cpu else 1
+    most = None if together else whole_number("OMP_NUM_THREADS")
+    threads = max(1, cpu_cores() // beside) if cpu else 1
+    return 1 if together else min(beside, runs), min(threads, most or threads)
 
 
 def trained_alike(pending, profile, folder):

@@ -22,10 +22,16 @@ from tqdm import tqdm
 from ..data import DATASETS, data_folder, load
 from ..data.prepared import FILES, checksums, describe, verify
 from ..errors import CorruptFile, MissingData, Stopped, UserError, printable
-from ..files import quarantine, read_sealed, sha256, to_npy, write_atomically, write_sealed
+from ..files import quarantine, read_sealed, sha256, to_npy, unwritable, write_atomically, write_sealed
 from .processes import cpu_cores, finished, interruptible
 
-IMAGE = re.compile(r"[^.].*\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)", re.IGNORECASE | re.DOTALL)
+IMAGE = re.compile(r".+\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)", re.IGNORECASE | re.DOTALL)
+JUNK = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+
+def junk(name):
+    """Whether a file or folder is not the user's but of a program that was there: hidden, or of a known name."""
+    return name.startswith(".") or name in JUNK
 
 
 def list_images(source, first=None):
@@ -38,7 +44,7 @@ def list_images(source, first=None):
     for folder in (source, train, val):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: give the one that holds train/ and val/")
-    below = lambda folder: sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    below = lambda folder: sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not junk(entry.name))
     classes, in_val = below(train), below(val)
     if not classes:
         raise UserError(f"{train} has no folders: it needs one for each class")
@@ -55,23 +61,27 @@ def list_images(source, first=None):
     return classes, images
 
 
+def _below(folder):
+    """The names of the images in a folder and in those below, from that above it, sorted."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not junk(name)]
+        found += [Path(where, name) for name in names if IMAGE.fullmatch(name) and not junk(name)]
+    return sorted(path.relative_to(folder.parent).as_posix() for path in found)
+
+
 def _in_folders(folder, classes):
     """The images in the folders of the classes and in folders below, sorted in each class."""
-    rows = []
-    for label, name in enumerate(classes):
-        found = [Path(where, file) for where, _, files in os.walk(folder / name) for file in files]
-        found = [path.relative_to(folder.parent).as_posix() for path in found if IMAGE.fullmatch(path.name)]
-        rows += [(path, label) for path in sorted(found)]
-    return rows
+    return [(f"{folder.name}/{path}", label) for label, name in enumerate(classes) for path in _below(folder / name)]
 
 
 def _flat(val, classes):
     """The images of a val/ without class folders, sorted by class."""
     truth, rows = ground_truth(val), []
-    for name in filter(IMAGE.fullmatch, sorted(os.listdir(val))):
-        if Path(name).stem not in truth:
-            raise UserError(f"{val / name} is not in ImageNet's ground truth")
-        rows.append((f"val/{name}", truth[Path(name).stem]))
+    for path in _below(val):
+        if Path(path).stem not in truth:
+            raise UserError(f"{val.parent / path} is not in ImageNet's ground truth")
+        rows.append((path, truth[Path(path).stem]))
     return [(path, label) for label, name in enumerate(classes) for path, truly in rows if truly == name]
 
 
@@ -79,33 +89,76 @@ def ground_truth(val):
     """Names of ImageNet's images in val/, without .JPEG -> WordNet ids, by a devkit or Kaggle's table near it."""
     for base in (val.parent, *val.parent.resolve().parents[:3]):
         if (solution := base / "LOC_val_solution.csv").is_file():
-            rows = [line.split(",") for line in solution.read_text().splitlines()[1:]]
-            return {image: prediction.split()[0] for image, prediction in rows}
+            row = r"ImageId,PredictionString|(ILSVRC2012_val_\d{8}),(n\d{8})(\s.*)?"
+            return {found[1]: found[2] for _, found in _lines(solution, row) if found[1]}
         for devkit in ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data", "."):
             numbers, meta = (base / devkit / n for n in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
             if numbers.is_file() and meta.is_file():
                 from scipy.io import loadmat
 
-                ids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in loadmat(meta, squeeze_me=True)["synsets"]}
-                lines = numbers.read_text().split()
-                return {f"ILSVRC2012_val_{i:08d}": ids[int(line)] for i, line in enumerate(lines, 1)}
+                try:
+                    synsets = loadmat(meta, squeeze_me=True)["synsets"]
+                    ids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+                except Exception:  # scipy raises many kinds
+                    raise UserError(f"{meta} is damaged: take it from ImageNet's devkit again") from None
+                lines = _lines(numbers, "|".join(map(str, ids)))
+                return {f"ILSVRC2012_val_{i:08d}": ids[int(found[0])] for i, (_, found) in enumerate(lines, 1)}
     needed = f"put ILSVRC2012_devkit_t12/ (unpacked) or LOC_val_solution.csv into {val.parent}"
     raise UserError(f"{val} has no class folders: {needed}, so that its images can be told apart")
+
+
+def _lines(path, pattern):
+    """(number, match) of each line that is not blank. Raises UserError for one that is of another form."""
+    pattern = re.compile(pattern)
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        text = line.decode(errors="replace").strip()
+        if text and not pattern.fullmatch(text):
+            raise UserError(f"{path}, line {number}: {text[:60]!r} is not of ImageNet's ground truth: take it again")
+        if text:
+            yield number, pattern.fullmatch(text)
 
 
 def decode(path, size, square=None):
     """The image as uint8 RGB (size, size, 3): resized with Pillow's bilinear filter, then its centre; no transparency.
 
-    square: resized to (square, square), whatever its shape; by default the shorter side is resized to `size`.
+    square: resized to (square, square), whatever its shape; by default the shorter side is resized to `size`. Of an
+    image longer than 16 times its width only the middle is resized. Raises ValueError as `in_8_bits` does.
     """
     with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+        image = in_8_bits(image).convert("RGB")
+    if max(image.size) > (longest := 16 * min(image.size)):
+        over = [max(0, side - longest) // 2 for side in image.size]
+        image = image.crop((*over, *(side - each for side, each in zip(image.size, over))))
     target = (square, square) if square else [size * side // min(image.size) for side in image.size]
     image = image.resize(target, Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in target)
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+BITS, LARGEST_VALUES, PHOTOMETRIC = 258, (281, 341), 262  # TIFF's tags
+
+
+def in_8_bits(image):
+    """An image whose channels have more than 8 bits in 8, from black to the largest value of its kind or of its tags.
+
+    Floats are from 0 to 1. Raises ValueError where the range cannot be told: of 32 bits without a tag, and of a TIFF
+    of 16 bits that leaves the upper half of its range empty, as one of 14 bits does.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits = max(tags.get(BITS, (16 if image.mode[0] == "I" else 8,)))
+    if image.mode[0] not in "IF" and bits <= 8:
+        return image
+    values, several = np.asarray(image).astype(float), image.mode[0] not in "IF"  # of several Pillow has kept 8 bits
+    told = max((np.max(tags[tag]) for tag in LARGEST_VALUES if tag in tags), default=0)
+    told = told if told > 0 and np.log2(told + 1) % 1 == 0 and not several else None  # others are of this image alone
+    top = told or (1 if image.mode == "F" else 255 if several else 2**bits - 1)
+    sure = told or image.mode == "F" or bits < 16 or image.format != "TIFF" or values[..., :3].max() > top / 2
+    if not sure or (bits > 16 and not told and top > 1) or not 0 <= values.min() <= values.max() <= top:
+        raise ValueError(
+            f"the range of its {bits}-bit pixels cannot be told: save it in 8 bits, or with SMaxSampleValue"
+        )
+    values = top - values if tags.get(PHOTOMETRIC) == 0 and not several else values
+    return image if several else Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
 def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128):
@@ -139,7 +192,7 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128)
     except Timeout:
         raise UserError(f"another process is preparing {folder}") from None
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror or error}); start again to go on") from None
+        raise unwritable(folder, error) from None
     load.cache_clear()
 
 

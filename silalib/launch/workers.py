@@ -151,11 +151,16 @@ def in_workers(schedule, workers):
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # a step is 5 to 10% faster in large pages
     context = multiprocessing.get_context("spawn")
     while schedule.waiting and not schedule.stopped.is_set():
-        messages, places, stop = context.Queue(), context.Queue(), context.Event()
+        try:
+            messages, places, stop = context.Queue(), context.Queue(), context.Event()
+            pool = ProcessPoolExecutor(workers, context, start, (messages, places, stop))
+        except OSError as error:
+            how = "make /dev/shm writable, or use --workers 1"
+            raise UserError(f"no shared memory for worker processes ({error.strerror or error}): {how}") from None
         for place in range(workers):
             places.put(place)
         try:
-            with ProcessPoolExecutor(workers, context, start, (messages, places, stop)) as pool:
+            with pool:
                 in_pool(schedule, workers, partial(pool.submit, work), messages, stop.set)
         except BrokenProcessPool:
             why = "out of memory (use fewer workers), or ensure() is called outside of `if __name__ == '__main__':`"

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from .. import data, files, records
-from ..errors import Stopped, UserError
+from ..errors import NoRoom, Stopped, UserError
 from ..experiments import EXHIBITS
 from .notebooks import FOLDER, execute_all, first_line, say
 from .pages import Report, read_card
@@ -29,11 +29,8 @@ def build(
     """
     report = Report(profile, seeds, folder, exhibits)
     executed = report.folder.with_name("notebooks")
-    try:
-        report.folder.mkdir(parents=True, exist_ok=True)
-        executed.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        raise UserError(f"cannot write to {report.folder}: set SILALIB_RESULTS to a folder of yours") from None
+    report.write_index()
+    executed.mkdir(exist_ok=True)
     made_of = {stem: inputs(report, stem, train) for stem in stems or report.notebooks}
     changed = [stem for stem in made_of if not unchanged(report, stem, made_of[stem])]
     if len(changed) < len(made_of):
@@ -46,7 +43,11 @@ def build(
                 notebook = future.result()
                 page = report.notebook_page(stem, notebook, made_of[stem])
                 files.write_atomically(executed / f"{stem}.ipynb", files.to_json(notebook))
+            except NoRoom:  # for the other pages neither
+                raise
             except Exception as error:  # whatever it is, the other pages are built
+                if isinstance(error, OSError) and error.errno in files.FULL:
+                    raise files.unwritable(report.folder, error) from None
                 line = str(error) if isinstance(error, UserError) else first_line(type(error).__name__, error)
                 page = report.page(stem, "failed", error=line, traceback=getattr(error, "traceback", ()))
                 (executed / f"{stem}.ipynb").unlink(missing_ok=True)

@@ -101,6 +101,7 @@ def kernel_environment(private):
             "SILALIB_RESULTS": str(results_folder("").absolute()),
             "SILALIB_DATA": str(data_folder().absolute()),
             "TQDM_DISABLE": "1",
+            "OMP_NUM_THREADS": own.get("OMP_NUM_THREADS") or str(processes.cpu_cores()),
         }
     )
 

@@ -60,6 +60,10 @@ class Report:
 
     def write_index(self):
         """The index of all pages; one that is missing is written as "not built", so that every link leads somewhere."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise files.unwritable(self.folder, error) from None
         cards = []
         for stem, (title, _) in self.notebooks.items():
             path = self.folder / f"{stem}.html"
