@@ -6,7 +6,7 @@
 set -euo pipefail
 CDPATH= cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 . ./environment.sh
-find_python lab
+find_python lab pandas papermill
 profile=()
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     profile=(--profile "$1")

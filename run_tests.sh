@@ -3,7 +3,7 @@
 set -euo pipefail
 CDPATH= cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 . ./environment.sh
-find_python lab,dev pytest ruff
+find_python lab,dev papermill pytest ruff
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 exec "$python" -m pytest "$@"

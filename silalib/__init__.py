@@ -16,10 +16,17 @@ __all__ = sorted(name for names in _HOME.values() for name in names)
 
 
 def __getattr__(name):
-    """Import a public name when it is first used: `from silalib import siamese_labels` needs torch alone."""
+    """Import a public name when it is first used: `from silalib import siamese_labels` needs torch alone.
+
+    Raises errors.MissingExtra, an ImportError, where a package is missing that an extra brings."""
     from importlib import import_module
 
     for module, names in _HOME.items():
         if name in names:
-            return getattr(import_module(f"silalib.{module}"), name)
+            try:
+                return getattr(import_module(f"silalib.{module}"), name)
+            except ModuleNotFoundError as error:
+                from .errors import missing_extra
+
+                raise missing_extra(error) from None
     raise AttributeError(f"module 'silalib' has no attribute {name!r}")

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from itertools import chain
 
-from .errors import Stopped, UserError, printable
+from .errors import Stopped, UserError, missing_extra, printable
 
 STOPPED = 75  # EX_TEMPFAIL: start again to go on
 
@@ -219,6 +219,8 @@ def main(arguments=None):
         line, code = str(error) or "interrupted; start again to go on", STOPPED
     except UserError as error:
         line, code = f"error: {error}", 1
+    except ModuleNotFoundError as error:
+        line, code = f"error: {missing_extra(error)}", 1
     except OSError as error:
         line, code = f"error: {error.filename or 'a file'}: {error.strerror or error}", 1
     print(f"silalib: {printable(line)}", file=sys.stderr)

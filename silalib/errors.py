@@ -20,6 +20,22 @@ class MissingData(UserError):
     """A data set is not on this machine and cannot be downloaded."""
 
 
+class MissingExtra(UserError, ImportError):
+    """A package is not installed that one of silalib's extras brings."""
+
+
+def missing_extra(error):
+    """The `MissingExtra` to raise for a ModuleNotFoundError; one for a module of silalib's own is raised as it is."""
+    name = (error.name or "silalib").partition(".")[0]
+    if name == "silalib":
+        raise error
+    extra = "cluster" if name == "ray" else "report" if name in REPORT else "train"
+    return MissingExtra(f"{name} is not installed: in the checkout, pip install -c constraints.txt -e '.[{extra}]'")
+
+
+REPORT = "IPython", "jinja2", "jupyter_client", "jupyter_core", "latex2mathml", "matplotlib", "nbconvert", "papermill"
+
+
 class CorruptFile(UserError):
     """A file is missing or is not what was written; what: how to mend that."""
 

@@ -135,19 +135,15 @@ PAPER_METHODS = ("ind", "sila", "dml", "sila+dml")
 
 
 class SiameseLabelsLoss(torch.nn.Module):
-    """`siamese_labels` as a module: `SiameseLabelsLoss()([net1(x), net2(x)], y)`. Class weights are a buffer."""
+    """`siamese_labels` as a module: `SiameseLabelsLoss()([net1(x), net2(x)], y)`. Its options, weight as a buffer."""
 
-    def __init__(
-        self, *, betas=None, coupling=1.0, weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"
-    ):
+    def __init__(self, *, weight=None, **options):
         super().__init__()
         self.register_buffer("weight", weight)
-        self.betas, self.coupling, self.reduction = betas, coupling, reduction
-        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.options = options
 
     def forward(self, logits, target):
-        names = ("betas", "coupling", "weight", "ignore_index", "label_smoothing", "reduction")
-        return siamese_labels(logits, target, **{name: getattr(self, name) for name in names})
+        return siamese_labels(logits, target, weight=self.weight, **self.options)
 
 
 class _Target:

@@ -224,7 +224,10 @@ def test_without_the_extra_one_line_says_how_to_install_it(tiny, capsys):
     with mock.patch.dict(sys.modules, ray=None):
         assert main(["train", "fig6", "--backend", "ray"]) == 1
     error = capsys.readouterr().err
-    assert error == "silalib: error: Ray is not installed: pip install -c constraints.txt -e '.[cluster]'\n"
+    assert (
+        error
+        == "silalib: error: ray is not installed: in the checkout, pip install -c constraints.txt -e '.[cluster]'\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def test_the_module_has_every_keyword_and_class_weights_as_a_buffer():
     assert module.weight.dtype == torch.float64
     same(module(logits, target), siamese_labels(logits, target, weight=WEIGHT, **keywords), logits)
     with pytest.raises(TypeError, match="wieght"):
-        SiameseLabelsLoss(wieght=WEIGHT)
+        SiameseLabelsLoss(wieght=WEIGHT)(logits, target)
 
 
 def test_class_weights_may_be_a_list_and_of_another_precision():

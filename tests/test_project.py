@@ -177,15 +177,10 @@ def test_documented_sizes_of_networks():
 
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(results):
-    """In a process of its own, as its reader would, with two networks and a batch for the first snippet."""
-    given = (
-        "import torch\n"
-        "net1, net2 = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)) for _ in range(2))\n"
-        "images, labels = torch.randn(8, 3, 4, 4), torch.arange(8) % 5\n"
-    )
+    """In a process of its own, as its reader would."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
-    code = given + "\n".join(blocks) + "\nassert loss.isfinite() and logits.shape == (500, 10) and len(exits) == 500\n"
+    code = "\n".join(blocks) + "\nassert logits.shape == (500, 10) and len(exits) == 500\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -203,6 +198,7 @@ def test_environment_installs_what_pyproject_says():
 def test_constraints_name_every_dependency_once_and_exactly():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    wanted = [d for d in wanted if not d.startswith("silalib[")]
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "no URLs, no local versions"
     names = [line.split("==")[0].lower().replace("_", "-") for line in lines]

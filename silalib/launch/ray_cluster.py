@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .. import data
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, missing_extra
 from ..files import write_atomically
 from ..training import execution, trainer
 from ..training.checkpoint import CHECKPOINTS
@@ -35,8 +35,8 @@ def in_cluster(schedule, workers, address=None, gpus_per_run=None, shared=True):
     """
     try:
         import ray
-    except ImportError:
-        raise UserError("Ray is not installed: pip install -c constraints.txt -e '.[cluster]'") from None
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from None
     joined = ray.is_initialized()
     try:
         if not joined:
