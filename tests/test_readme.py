@@ -26,9 +26,7 @@ def committed(results):
         found = [path for path in found if str(path) in listed.stdout.splitlines()]
     for path in found:
         if "quick" not in path.parts:
-            link = results / path.parent.relative_to("results")
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(ROOT / path.parent)
+            shutil.copytree(ROOT / path.parent, results / path.parent.relative_to("results"))
     return results
 
 
@@ -100,9 +98,6 @@ def provenance(run):
 def test_a_damaged_record_stops_it(committed, capsys):
     run = next(run for run in claims.collect("paper").records if run.dataset == "mnist")
     folder = committed / "paper" / "runs" / run.key
-    whole = folder.resolve()
-    folder.unlink()
-    shutil.copytree(whole, folder)
     (folder / "history.csv").write_text("epoch\n")
     before = (ROOT / "README.md").read_bytes()
     with pytest.raises(SystemExit, match=f"{re.escape(run.key)} has no whole record"):
