@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from . import files
 from .data import dataset, known_checksum
@@ -330,16 +331,34 @@ def load_network(run, head=0):
     """The trained network `head` of a finished run, in evaluation mode, on the CPU.
 
     It takes uint8 images (B, C, H, W), or floats from 0 to 1, and gives logits (B, N), or a tuple with those of every
-    exit; it is a Sequential of the normalisation and the bare network. Raises UserError where no weights were kept.
+    exit; it is a Sequential of the normalisation and the bare network. Where git has kept it alone, Net1 is one in
+    half precision. Raises UserError where no weights were kept.
     """
     record = load(run)
     if not 0 <= head < len(run.nets):
         known = f"heads 0 to {len(run.nets) - 1}" if len(run.nets) > 1 else "one network: leave head at 0"
         raise UserError(f"head {head}: this run has {known}")
-    network, content = run.network(head), record.read("weights.safetensors")
+    kept = head == 0 and not record.has("weights.safetensors") and (record.path / HALF).exists()
+    path, network = record.path / (HALF if kept else "weights.safetensors"), run.network(head)
+    content = read_bytes(path, AGAIN) if kept else record.read("weights.safetensors")
     try:
-        tensors = load_tensors(content)
-        network.load_state_dict({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{head}.")})
+        if kept and path.with_suffix(".sha256").read_text().split()[0] != sha256(content):
+            raise CorruptFile(path, AGAIN)
+        tensors = {name: tensor.float() for name, tensor in load_tensors(content).items()}
+        own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{head}.")}
+        network.load_state_dict(own)
         return torch.nn.Sequential(Normalise(tensors["mean"], tensors["std"]), network).eval()
-    except (SafetensorError, RuntimeError, KeyError):
-        raise CorruptFile(record.path / "weights.safetensors", AGAIN) from None
+    except (SafetensorError, RuntimeError, LookupError, OSError, ValueError):
+        raise CorruptFile(path, AGAIN) from None
+
+
+HALF = "net1_half.safetensors"
+"""Net1 in half precision: what git keeps of the weights of a few runs."""
+
+
+def write_half(record):
+    """Write Net1's weights in half precision beside a record that has them all."""
+    tensors = load_tensors(record.read("weights.safetensors"))
+    half = {k: v.half() for k, v in tensors.items() if k in ("mean", "std") or k.startswith("0.")}
+    write_atomically(record.path / HALF, content := save_tensors(half))
+    write_atomically((record.path / HALF).with_suffix(".sha256"), f"{sha256(content)}  {HALF}\n".encode())

@@ -7,8 +7,10 @@ from importlib.metadata import version
 
 import pandas as pd
 import pytest
+import torch
 from test_claims import GAINS, made_up
 
+from silalib import records
 from silalib.analysis import claims
 from silalib.analysis.evidence import evidence
 from silalib.errors import UserError
@@ -115,3 +117,24 @@ def test_only_what_is_between_the_marks_is_written(tmp_path):
     own.write_text("no marks")
     with pytest.raises(UserError, match="no place between <!-- measured --> and <!-- end -->"):
         readme.render({}, tmp_path)
+
+
+@pytest.fixture
+def weights(committed):
+    """Method -> Net1 from its weights in git, and the record."""
+    runs = {run.method: run for run in EXHIBITS["table1"].grid("small", [0]) if run.method in ("ind", "sila")}
+    return {method: (records.load_network(run), records.load(run)) for method, run in runs.items()}
+
+
+def test_weights_in_git(weights):
+    for network, _ in weights.values():
+        assert network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 100)
+
+
+def test_the_weights_in_git_predict_what_the_record_says(weights, real_data):
+    """Half precision changes nearly no prediction."""
+    images = torch.as_tensor(real_data("cifar100").test_images[:500])
+    for network, record in weights.values():
+        with torch.no_grad():
+            found = network(images).argmax(1).numpy()
+        assert (found == record.test["predicted_0"][:500]).mean() > 0.98
