@@ -130,9 +130,6 @@ LABELS = {"ind": "IND", "sila": "SiLa", "dml": "DML", "sila+dml": "SiLa+DML"}
 LABELS |= {"zero-peer": "zero peer", "mean-peer": "mean peer"}
 """Method name -> how it is called in tables and figures: the paper's methods as the paper spells them, then ours."""
 
-PAPER_METHODS = ("ind", "sila", "dml", "sila+dml")
-"""The rows of Tables 1 to 3, in the paper's order."""
-
 
 class SiameseLabelsLoss(torch.nn.Module):
     """`siamese_labels` as a module: `SiameseLabelsLoss()([net1(x), net2(x)], y)`. Its options, weight as a buffer."""

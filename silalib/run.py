@@ -1,4 +1,6 @@
-"""A run is its configuration: every field that changes a result, and the key made of them."""
+"""A run is its configuration: every field that changes a result, and the key made of them.
+
+torch takes a second to import, so what needs it is imported when the first run is made: help does without."""
 
 import hashlib
 import json
@@ -6,11 +8,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from operator import index
 
-from .data import dataset
-from .data.augment import AUGMENTATIONS
 from .errors import UserError
-from .losses import LABELS, METHODS
-from .models import EXITS, MODELS, SMALLEST_IMAGE, STEMS
 
 PROTOCOL = 1
 """Training protocol version; bump it when results change: records of another protocol are refused."""
@@ -74,6 +72,11 @@ class Run:
         self._validate()
 
     def _validate(self):
+        from .data import dataset
+        from .data.augment import AUGMENTATIONS
+        from .losses import LABELS, METHODS
+        from .models import EXITS, MODELS, SMALLEST_IMAGE, STEMS
+
         named = [("method", self.method, METHODS), ("augmentation", self.augment, AUGMENTATIONS)]
         named += [("init", self.init, ("he", "pytorch")), *(("network", net, MODELS) for net in self.nets)]
         for name, value, known in named:
@@ -120,6 +123,8 @@ class Run:
     @property
     def n_heads(self):
         """How many heads a loss sees: the networks, or the exits of one network."""
+        from .models import EXITS
+
         return self.blocks or EXITS.get(self.nets[0], len(self.nets))
 
     def slot(self, head):
@@ -128,6 +133,9 @@ class Run:
 
     def network(self, slot):
         """A new network of one slot, with initial weights from torch's generator."""
+        from .data import dataset
+        from .models import EXITS, MODELS
+
         spec = dataset(self.dataset)
         of_exits = {"blocks": self.blocks} if self.nets[slot] in EXITS else {}
         network = MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
@@ -150,5 +158,7 @@ class Run:
         return f"{self.dataset}-{'+'.join(self.nets)}-{self.method}-s{self.seed}-{digest}"
 
     def __str__(self):
+        from .losses import LABELS
+
         blocks = f" with {self.blocks} blocks" if self.blocks else ""
         return f"{self.dataset} {'+'.join(self.nets)}{blocks} {LABELS.get(self.method, self.method)} seed {self.seed}"

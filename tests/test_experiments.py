@@ -9,6 +9,7 @@ from silalib.errors import UserError
 from silalib.experiments import (
     EXHIBITS,
     NOISE,
+    PAPER_METHODS,
     PROFILES,
     block,
     choices,
@@ -27,7 +28,6 @@ from silalib.experiments import (
     turns,
     variants,
 )
-from silalib.losses import PAPER_METHODS
 from silalib.models import NAMES
 from silalib.run import Run
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import silalib
+from silalib.experiments import PAPER_METHODS
 from silalib.losses import (
     LABELS,
     METHODS,
-    PAPER_METHODS,
     SiameseLabelsLoss,
     independent,
     mean_peer,
