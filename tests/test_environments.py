@@ -1,6 +1,7 @@
 """The user's machine: settings, cores, streams, and what cannot be written; none of it changes a figure."""
 
 import errno
+import io
 import json
 import os
 import resource
@@ -125,31 +126,19 @@ def test_a_kernel_has_absolute_folders_and_no_settings_of_the_users(tmp_path, mo
 # -- the share of the CPU
 
 
-def cgroup(root, membership, **files):
-    write(root / "proc" / "self" / "cgroup", membership)
-    for name, text in files.items():
-        write(root / "sys" / "fs" / "cgroup" / name, text)
-
-
-def test_cores_are_the_least_of_what_is_allowed(tmp_path, monkeypatch):
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    cores = lambda: processes.cpu_cores(tmp_path)
-    assert cores() == 64  # no cgroups
-    cgroup(tmp_path, "0::/a/b\n", **{"a/b/cpu.max": "max 100000\n"})
-    assert cores() == 64
-    cgroup(tmp_path, "0::/a/b\n", **{"a/cpu.max": "450000 100000\n"})  # that of the group above counts too
-    assert cores() == 4
-    cgroup(tmp_path, "0::/a/b\n", **{"a/b/cpu.max": "20000 100000\n"})
-    assert cores() == 1  # a fifth
-    names = {"cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}
-    cgroup(tmp_path, "3:cpuset:/\n4:cpu,cpuacct:/docker/x\n", **names)
-    assert cores() == 64
-    cgroup(tmp_path, "4:cpu,cpuacct:/docker/x\n", **names | {"cpu,cpuacct/cpu.cfs_quota_us": "300000\n"})
-    assert cores() == 3  # as in a container, where the group is the root
-    for text, expected in [("2", 2), ("99", 3), ("x", 3), ("0", 3), ("", 3)]:
-        monkeypatch.setenv("SLURM_CPUS_PER_TASK", text)
-        assert cores() == expected
+@pytest.mark.parametrize("affinity, quota, slurm, expected", [
+    (2, 2, None, 2), (1, 2, None, 1), (2, 1, None, 1), (2, 2, "1", 1), (1, 2, "2", 1), (2, 2, "x", 2), (2, 2, "0", 2),
+])  # fmt: skip
+def test_cores_are_the_least_of_what_is_allowed(affinity, quota, slurm, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm or "")
+    files = {"/sys/fs/cgroup/cpu.max": f"{quota * 100000} 100000"}
+    with (
+        mock.patch("builtins.open", lambda path, *more: io.StringIO(files[path])),
+        mock.patch("os.path.exists", files.get),
+    ):
+        assert processes.cpu_cores() == expected
 
 
 @pytest.mark.parametrize("text, threads", [("1", 1), ("2", 2), ("2,1", 2), ("99", 8), ("x", 8), ("", 8)])
