@@ -227,15 +227,13 @@ def load(run, folder=None, profile=None):
         result = files.read_sealed(path, AGAIN, required=False)
         if not fits(result, RESULT):
             raise CorruptFile(path, AGAIN)
-        files.read_sealed(
-            path, AGAIN, required="run.json" in result["files"]
-        )  # not in records from before it had a checksum
-        record = Record(run, folder, result)
-        for name in result["files"]:
-            if name != "weights.safetensors" and record.has(name):
-                record.read(name)
+        sealed, record = (
+            "run.json" in result["files"],
+            Record(run, folder, result),
+        )  # else from before it had a checksum
+        files.read_sealed(path, AGAIN, required=sealed)
         path = folder / "run.json"
-        identity = json.loads(read_bytes(path, AGAIN))
+        identity = json.loads(record.read("run.json") if sealed else read_bytes(path, AGAIN))
         config, protocol = identity["config"], identity["protocol"]
         changed = [k for k, v in run.config.items() if config.get(k, v) != v]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
