@@ -3,14 +3,15 @@
 import os
 import signal
 import threading
+import warnings
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
 
 
 def cpu_cores():
     """CPU cores that this process may use: the least of affinity, its cgroup's quota and SLURM's share of a task."""
-    from joblib import cpu_count  # which scikit-learn has brought
-
+    with warnings.catch_warnings(action="ignore"):  # about shared memory
+        from joblib import cpu_count  # which scikit-learn has brought
     return min(cpu_count(), whole_number("SLURM_CPUS_PER_TASK") or cpu_count())
 
 
