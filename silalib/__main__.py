@@ -193,14 +193,10 @@ def fetch_data(options):
 def mend_streams():
     """Open what of standard input, output and error was closed, and write in it what its encoding lacks as escapes."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
-        if getattr(sys, name) is None:
+        if getattr(sys, name) is None:  # it was closed: what is opened next would take its number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -84,9 +84,8 @@ def unwritable(path, error):
         return NoRoom(f"cannot write {path} ({reason}): {how}")
     variable = "SILALIB_RESULTS" if path.is_relative_to(results_folder("")) else "SILALIB_DATA"
     if number in UNLOCKED:
-        return UserError(
-            f"the file system of {path} has no locks ({reason}): set {variable} to a folder on another one"
-        )
+        how = f"set {variable} to a folder on another one"
+        return UserError(f"the file system of {path} has no locks ({reason}): {how}")
     return NoRoom(f"cannot write to {path} ({reason}): set {variable} to a folder of yours")
 
 
@@ -123,11 +122,9 @@ def fits(value, form):
     if not isinstance(form, dict):
         return form(value)
     forms = {key if key is ... else key.removesuffix("?"): own for key, own in form.items()}
-    never = lambda value: False
-    whole = (
-        isinstance(value, dict) and value.keys() >= form.keys() & (forms.keys() - {...}) and all(map(is_text, value))
-    )
-    return whole and all(fits(own, forms.get(key, forms.get(..., never))) for key, own in value.items())
+    needed, others = form.keys() & (forms.keys() - {...}), forms.get(..., lambda value: False)
+    whole = isinstance(value, dict) and needed <= value.keys() and all(map(is_text, value))
+    return whole and all(fits(own, forms.get(key, others)) for key, own in value.items())
 
 
 def is_text(value):

@@ -76,67 +76,68 @@ class Record:
         return files.from_npz(self.read(name))
 
 
-_percent, _amount = (lambda value: is_number(value, 0, 100)), (lambda value: is_number(value, 0))
-_count, _checksum = (lambda value: type(value) is int and is_number(value, 1)), re.compile("[0-9a-f]{64}").fullmatch
+_amount, _checksum = (lambda value: is_number(value, 0)), re.compile("[0-9a-f]{64}").fullmatch
+_percent, _count = (lambda value: is_number(value, 0, 100)), (lambda value: type(value) is int and value > 0)
+_ratio = lambda value: type(value) is float  # of what may be nothing: features in one point, a flat loss
 ORIGIN = {
     "silalib": {"code": is_text, "commit?": is_text},
     "kind?": lambda value: value in ("cpu", "cuda"),
     "precision": re.compile(r"(bfloat16|float32)(\+(bfloat16|float32))*").fullmatch,
     ...: lambda value: value is None or type(value) is bool or is_text(value) or is_number(value),
 } | dict.fromkeys(("device", "torch", "python"), is_text)
-HEAD = {"network": is_text, "nll": _amount, "parameters": _count, "macs": _count, "temperature?": [is_number]}
-HEAD |= dict.fromkeys(("top1", "top2", "top5", "best"), _percent)
-_ratio = lambda value: type(value) is float  # of what may be nothing: features in one point, a flat loss
-HEAD |= dict.fromkeys(("test_concentration?", "train_concentration?"), _ratio) | {...: is_number}
-HEAD["curvature?"] = {"absolute_residual?": _ratio, "filter_residual?": _ratio, ...: is_number}
 PROVENANCE = ORIGIN | dict.fromkeys(("seconds", "seconds_final", "cpu_seconds?"), _amount)
 PROVENANCE |= {"parts?": [ORIGIN], "data_sha256": is_text, "train_images": _count, "finished": datetime.fromisoformat}
+HEAD = {"network": is_text, "nll": _amount, "parameters": _count, "macs": _count, "temperature?": [is_number]}
+HEAD |= dict.fromkeys(("top1", "top2", "top5", "best"), _percent) | {...: is_number}
+HEAD |= dict.fromkeys(("test_concentration?", "train_concentration?"), _ratio)
+HEAD["curvature?"] = {"absolute_residual?": _ratio, "filter_residual?": _ratio, ...: is_number}
 MORE = ("run.json?", "noise.csv?", "budgeted.csv?", "features.npz?", "weights.safetensors?")
 FILES = dict.fromkeys(("history.csv", "test.npz", *MORE), _checksum)
 RESULT = {"heads": [HEAD], "ensemble?": {...: is_number}, "provenance": PROVENANCE, "files": FILES}
 """The form of result.json, see `fits`: what it names are all files that a record may have."""
 
-HISTORY = ["epoch", "head", "lr", "train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient"]
-HISTORY += ["test_nll", "test_top1"]
+HISTORY = ["epoch", "head", "lr", "train_nll", "z_y", "alpha", "gap", "equation5", "gradient", "test_nll", "test_top1"]
 
 
 def validate(record):
     """Raise CorruptFile unless every file has the form that training writes: names, types, lengths, finite numbers."""
-    run, heads = record.run, range(record.run.n_heads)
-    of_heads = lambda *names: {f"{name}_{k}" for name in names for k in heads}
-    of_features = set(run.nets) == {"convnet12"}  # Figure 6
+    run, heads, drawn = record.run, range(record.run.n_heads), set(record.run.nets) == {"convnet12"}  # in Figure 6
+    needed = {
+        "noise.csv": run.noise_images,
+        "budgeted.csv": run.holdout and run.nets[0] in EXITS,
+        "features.npz": drawn,
+    }
+    of_heads = lambda shape, *names: dict.fromkeys((f"{name}_{k}" for name in names for k in heads), shape)
 
     def result():
-        needed = {"noise.csv"} if run.noise_images else set()
-        needed |= {"budgeted.csv"} if run.holdout and run.nets[0] in EXITS else set()
-        needed |= {"features.npz"} if of_features else set()
-        named = [head["network"] for head in record.heads if "test_concentration" in head or not of_features]
-        return needed <= set(record.result["files"]) and named == [run.nets[run.slot(head)] for head in heads]
+        named = [head["network"] for head in record.heads if "test_concentration" in head or not drawn]
+        here = all(name in record.result["files"] for name in needed if needed[name])
+        return here and named == [run.nets[run.slot(head)] for head in heads]
 
     def test():
-        n = len(record.test["labels"])
-        shapes = dict.fromkeys({"labels"} | of_heads("log_probability", "confidence", "predicted", "top5", "s"), (n,))
-        held = {"calibration_labels"} | of_heads("calibration_confidence", "calibration_predicted")
-        shapes |= dict.fromkeys(held if run.holdout else (), (run.holdout,))
-        more = dict.fromkeys(of_heads("offset") | {"ensemble_predicted", "ensemble_confidence"}, (n,))
-        return n > 0 and _have_shapes(record.test, shapes, more)
+        n = (len(record.test["labels"]),)
+        shapes = {"labels": n} | of_heads(n, "log_probability", "confidence", "predicted", "top5", "s")
+        if held := (run.holdout,) if run.holdout else None:
+            shapes |= {"calibration_labels": held} | of_heads(held, "calibration_confidence", "calibration_predicted")
+        more = of_heads(n, "offset") | {"ensemble_predicted": n, "ensemble_confidence": n}
+        return n[0] > 0 and _have_shapes(record.test, shapes, more)
 
     def features():
-        classes, width = dataset(run.dataset).classes, 2 if of_features else record.features["weight_0"].shape[1]
-        shapes = dict.fromkeys(of_heads("weight"), (classes, width)) | dict.fromkeys(of_heads("bias"), (classes,))
+        classes, width = dataset(run.dataset).classes, 2 if drawn else record.features["weight_0"].shape[1]
+        shapes = of_heads((classes, width), "weight") | of_heads((classes,), "bias")
         for name in ("test", "train"):
             n = len(record.features[f"{name}_labels"])
-            shapes |= {f"{name}_labels": (n,)} | dict.fromkeys(of_heads(name), (n, width))
+            shapes |= {f"{name}_labels": (n,)} | of_heads((n, width), name)
         return _have_shapes(record.features, shapes)
 
-    epochs = list(product(range(1, run.epochs + 1), heads))
-    points = range(run.noise_sigmas * run.noise_draws + 1)
-    noises = [(head, kind) for head, kind, _ in product(heads, ("absolute", "filter"), points)]
+    epochs, draws = range(1, run.epochs + 1), range(run.noise_sigmas * run.noise_draws + 1)
+    noises = [(head, kind) for head, kind, _ in product(heads, ("absolute", "filter"), draws)]
+    limits = ["q", "macs", "top1", *of_heads(None, "threshold", "share")]
     for name, is_whole in {
         "result.json": result,
-        "history.csv": lambda: _is_table(record.history, HISTORY, epochs),
+        "history.csv": lambda: _is_table(record.history, HISTORY, list(product(epochs, heads))),
         "noise.csv": lambda: _is_table(record.noise, ["head", "kind", "sigma", "draw", "nll", "top1"], noises),
-        "budgeted.csv": lambda: _is_table(record.budgeted, ["q", "macs", "top1", *of_heads("threshold", "share")]),
+        "budgeted.csv": lambda: _is_table(record.budgeted, limits),
         "test.npz": test,
         "features.npz": features,
     }.items():
@@ -227,15 +228,13 @@ def load(run, folder=None, profile=None):
         result = files.read_sealed(path, AGAIN, required=False)
         if not fits(result, RESULT):
             raise CorruptFile(path, AGAIN)
-        files.read_sealed(
-            path, AGAIN, required="run.json" in result["files"]
-        )  # not in records from before it had a checksum
-        record = Record(run, folder, result)
-        for name in result["files"]:
-            if name != "weights.safetensors" and record.has(name):
-                record.read(name)
+        sealed, record = (
+            "run.json" in result["files"],
+            Record(run, folder, result),
+        )  # else from before it had a checksum
+        files.read_sealed(path, AGAIN, required=sealed)
         path = folder / "run.json"
-        identity = json.loads(read_bytes(path, AGAIN))
+        identity = json.loads(record.read("run.json") if sealed else read_bytes(path, AGAIN))
         config, protocol = identity["config"], identity["protocol"]
         changed = [k for k, v in run.config.items() if config.get(k, v) != v]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -1,12 +1,17 @@
 """The user's machine: settings, cores, streams, and what cannot be written; none of it changes a figure."""
 
+import contextlib
 import errno
+import io
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 from unittest import mock
 
 import pytest
@@ -14,6 +19,7 @@ import test_report
 import torch
 from nbformat import v4
 
+from silalib import records
 from silalib.__main__ import main
 from silalib.errors import NoRoom
 from silalib.experiments import Exhibit
@@ -85,14 +91,21 @@ OURS = [matplotlibrc, matplotlibrc_here, configuration, kernelspec, ipython, jup
 OURS += [few_threads]
 
 
-def pictures(folder, environment):
-    """The bytes of Figure 6 of this project's records, made in a folder with a relative one for results."""
+def pictures(folder, environment, kills=()):
+    """The bytes of Figure 6 of this project's records, made in a folder with a relative one for results.
+
+    kills: seconds after which the report, begun again each time, is killed before it may end.
+    """
     shown = [path for path in (ROOT / "results" / "small" / "runs").iterdir() if path.name.startswith("mnist")]
     for path in shown:
         shutil.copytree(path, folder / "resulté" / "small" / "runs" / path.name)
     own = {"PYTHONPATH": str(ROOT)} | environment | {"SILALIB_RESULTS": "resulté", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "silalib", "report", "fig6", "--profile", "small", "--no-train"]
+    for seconds in kills:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # after which it is killed
+            subprocess.run(command, cwd=folder, env=os.environ | own, timeout=seconds, stderr=subprocess.DEVNULL)
     done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True)
+    assert not list(folder.rglob("*.tmp")) or kills
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode()
     figures = sorted((folder / "resulté" / "small" / "figures").iterdir())
     return {path.name: path.read_bytes() for path in figures if path.suffix != ".json"}
@@ -110,6 +123,15 @@ def test_no_environment_changes_a_figure(foreign, clean, tmp_path):
     assert pictures(tmp_path, foreign(tmp_path) or {}) == clean
 
 
+@pytest.mark.slow
+def test_a_report_that_is_killed_ends_with_the_same_bytes(clean, tmp_path, counts):
+    began = time.monotonic()
+    assert pictures(tmp_path / "timed", {}) == clean
+    chance, seconds = random.Random(0), time.monotonic() - began
+    assert pictures(tmp_path / "killed", {}, [chance.uniform(0, seconds) for _ in range(20)]) == clean
+    counts["kills of a report"] += 20
+
+
 def test_a_kernel_has_absolute_folders_and_no_settings_of_the_users(tmp_path, monkeypatch):
     foreign = {"MPLBACKEND": "TkAgg", "PYTHONSTARTUP": "x", "IPYTHONDIR": "x", "JUPYTER_PATH": "x", "MATPLOTLIBRC": "x"}
     for name, value in foreign.items() | {("SILALIB_RESULTS", "../r"), ("SILALIB_DATA", "d"), ("PYTHONPATH", "a:/b:")}:
@@ -125,31 +147,19 @@ def test_a_kernel_has_absolute_folders_and_no_settings_of_the_users(tmp_path, mo
 # -- the share of the CPU
 
 
-def cgroup(root, membership, **files):
-    write(root / "proc" / "self" / "cgroup", membership)
-    for name, text in files.items():
-        write(root / "sys" / "fs" / "cgroup" / name, text)
-
-
-def test_cores_are_the_least_of_what_is_allowed(tmp_path, monkeypatch):
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    cores = lambda: processes.cpu_cores(tmp_path)
-    assert cores() == 64  # no cgroups
-    cgroup(tmp_path, "0::/a/b\n", **{"a/b/cpu.max": "max 100000\n"})
-    assert cores() == 64
-    cgroup(tmp_path, "0::/a/b\n", **{"a/cpu.max": "450000 100000\n"})  # that of the group above counts too
-    assert cores() == 4
-    cgroup(tmp_path, "0::/a/b\n", **{"a/b/cpu.max": "20000 100000\n"})
-    assert cores() == 1  # a fifth
-    names = {"cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}
-    cgroup(tmp_path, "3:cpuset:/\n4:cpu,cpuacct:/docker/x\n", **names)
-    assert cores() == 64
-    cgroup(tmp_path, "4:cpu,cpuacct:/docker/x\n", **names | {"cpu,cpuacct/cpu.cfs_quota_us": "300000\n"})
-    assert cores() == 3  # as in a container, where the group is the root
-    for text, expected in [("2", 2), ("99", 3), ("x", 3), ("0", 3), ("", 3)]:
-        monkeypatch.setenv("SLURM_CPUS_PER_TASK", text)
-        assert cores() == expected
+@pytest.mark.parametrize("affinity, quota, slurm, expected", [
+    (2, 2, None, 2), (1, 2, None, 1), (2, 1, None, 1), (2, 2, "1", 1), (1, 2, "2", 1), (2, 2, "x", 2), (2, 2, "0", 2),
+])  # fmt: skip
+def test_cores_are_the_least_of_what_is_allowed(affinity, quota, slurm, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm or "")
+    files = {"/sys/fs/cgroup/cpu.max": f"{quota * 100000} 100000"}
+    with (
+        mock.patch("builtins.open", lambda path, *more: io.StringIO(files[path])),
+        mock.patch("os.path.exists", files.get),
+    ):
+        assert processes.cpu_cores() == expected
 
 
 @pytest.mark.parametrize("text, threads", [("1", 1), ("2", 2), ("2,1", 2), ("99", 8), ("x", 8), ("", 8)])
@@ -170,7 +180,6 @@ def test_threads_of_a_process_are_bounded(text, threads, monkeypatch):
 @pytest.mark.parametrize(
     "number, words",
     [
-        (errno.ENOSPC, "make room and start again"),
         (errno.EROFS, "set SILALIB_RESULTS to a folder of yours"),
         (errno.EACCES, "set SILALIB_RESULTS to a folder of yours"),
         (errno.ENOLCK, "has no locks (No locks available): set SILALIB_RESULTS to a folder on another one"),
@@ -188,6 +197,29 @@ def test_a_cause_has_one_text_with_its_mend(number, words, tiny, plan, results, 
     assert words in error and ".tmp" not in error and str(results) in error.splitlines()[-1]
 
 
+SOFT = """
+from filelock import SoftFileLock
+lock = SoftFileLock({!r})
+lock.acquire()
+print("held", flush=True)
+input()
+"""
+
+
+def test_a_stale_lock_is_told_from_a_running_run(tiny, results):
+    """On a file system without flock, a lock is a file with the holder's process in it, which may be dead."""
+    run, missing = tiny(), OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    (folder := results / "quick" / "runs" / run.key).mkdir(parents=True)
+    command = [sys.executable, "-c", SOFT.format(str(folder / ".lock"))]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with mock.patch("fcntl.flock", side_effect=missing), warnings.catch_warnings(action="ignore"):
+        assert records.state(run) == "running"
+        holder.kill()
+        holder.communicate()
+        assert records.state(run) == "pending" and not (folder / ".lock").exists()
+
+
 def test_workers_without_shared_memory_say_so(tiny, plan, cores, capsys):
     plan([tiny(seed=seed) for seed in range(2)])
     error = OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -197,6 +229,7 @@ def test_workers_without_shared_memory_say_so(tiny, plan, cores, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == f"silalib: error: {line}"
 
 
+@pytest.mark.slow
 def test_no_room_ends_a_report_in_one_line_and_old_pages_stay(tmp_path, results):
     grid = {"tiny": Exhibit("Tiny", lambda profile, seeds=None: [], "01_tiny")}
     large = "from IPython.display import HTML\nHTML('<p>large</p>' * 10**5)"
@@ -216,6 +249,7 @@ def test_no_room_ends_a_report_in_one_line_and_old_pages_stay(tmp_path, results)
     assert not [path for path in results.rglob("*") if path.suffix == ".tmp"]
 
 
+@pytest.mark.slow
 def test_a_kernel_without_room_ends_the_report_too(tmp_path, results):
     source = "from silalib.errors import NoRoom\nraise NoRoom('cannot write x (full): make room')"
     test_report.write(tmp_path, "00_siamese_labels", v4.new_code_cell(source))

@@ -2,7 +2,11 @@
 
 import html
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -14,6 +18,7 @@ from silalib import records
 from silalib.__main__ import main
 from silalib.analysis import plots, tables
 from silalib.experiments import EXHIBITS, Exhibit
+from silalib.files import ROOT
 from silalib.launch.progress import Progress
 from silalib.report import pages
 from silalib.training import trainer
@@ -130,3 +135,111 @@ def test_what_goes_to_a_terminal_moves_nothing(tiny, results, plan, capsys):
     for stream in (output.out, output.err):
         assert r"\x1b[2J\x1b]0;title\x07a\r\nb\u202e\x9b" in stream
         assert all(c == "\n" or c.isprintable() for c in stream)
+
+
+def each_damage(record, victim):
+    """One damage of each kind, done to the first, second .. of the folders of whole records."""
+
+    def value(*path, to):
+        def change(folder):
+            place = result = json.loads((folder / "result.json").read_bytes())
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = to
+            strangers.seal(folder, result)
+
+        return change
+
+    def link(name, target):
+        def change(folder):
+            (folder / name).unlink()
+            (folder / name).symlink_to(target)
+
+        return change
+
+    def elsewhere(folder):
+        folder.rename(victim / folder.name)
+        folder.symlink_to(victim / folder.name)
+
+    return [
+        value("heads", to=[]),
+        value("provenance", "seconds", to="x"),
+        value("files", str(victim / "thesis.tex"), to="0" * 64),
+        value("heads", 0, "top1", to=float("nan")),
+        value("heads", 0, "nll", to=float("inf")),
+        value("provenance", "precision", to="<b>"),
+        link("history.csv", "/dev/zero"),
+        link("test.npz", victim / "thesis.tex"),
+        lambda folder: os.truncate(folder / "features.npz", 10**12),
+        lambda folder: (folder / "noise.csv").write_text("head\n"),
+        elsewhere,
+    ]
+
+
+@pytest.fixture
+def each_damaged(trained, plan, results, tmp_path):
+    """(grid, victim): a record with each damage, and one that is whole after each."""
+    run, source = trained
+    (victim := tmp_path / "victim").mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    damages = each_damage(run, victim)
+    grid = [type(run)(**run.config | {"seed": seed}) for seed in range(2 * len(damages))]
+    for each in grid:
+        strangers.forged(folder := results / "quick" / "runs" / each.key, source, each)
+        if each.seed % 2 == 0:
+            damages[each.seed // 2](folder)
+    plan(grid)
+    return grid, victim
+
+
+def test_each_damaged_record_is_named_and_left_out(each_damaged, results, made, capsys):
+    grid, victim = each_damaged
+    before = content(victim)
+    assert main(["status", "tiny"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged: ")]
+    damaged = grid[:-2:2]  # the link is no record
+    assert len(lines) == len(damaged) and all(run.key in line for run, line in zip(damaged, lines))
+    assert [records.state(run) for run in grid[1::2]] == ["done"] * (len(grid) // 2)
+    with mock.patch.object(trainer, "train", lambda *arguments, **how: made):
+        assert main(["train", "tiny", "--workers", "1"]) == 1
+    assert "is a link: put the folder itself there" in capsys.readouterr().err
+    assert [records.state(run) for run in grid].count("done") == len(grid) - 1
+    assert content(victim) == before
+
+
+def test_the_asked_profile_comes_first_and_a_whole_record_before_a_damaged_one(record, results, capsys):
+    """A folder that is no profile, such as a copy, has no records."""
+    runs = {name: results / name / "runs" / record.run.key for name in ("quick", "small", "a_copy")}
+    for name in ("small", "a_copy"):
+        shutil.copytree(runs["quick"], runs[name])
+    assert records.find(record.run) == runs["quick"] and records.find(record.run, "small") == runs["small"]
+    (runs["a_copy"] / "history.csv").write_text("x")
+    (runs["quick"] / "history.csv").write_text("x")
+    assert records.find(record.run) == records.find(record.run, "quick") == runs["small"]
+    assert records.state(record.run) == "done" and records.load(record.run).path == runs["small"]
+    shutil.rmtree(runs["small"])
+    assert records.state(record.run) == "damaged"
+    shutil.rmtree(runs["quick"])
+    assert records.find(record.run) is None and records.state(record.run) == "pending"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(11))
+def test_the_report_names_a_damaged_record_and_shows_the_others(number, tmp_path):
+    """The whole command over this project's records of Figure 6, the first of which is damaged."""
+    (victim := tmp_path / "victim").mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    runs = tmp_path / "results" / "small" / "runs"
+    for path in sorted((ROOT / "results" / "small" / "runs").glob("mnist*")):
+        shutil.copytree(path, runs / path.name)
+    whole = len(list(runs.iterdir())) - 1
+    each_damage(None, victim)[number](min(runs.iterdir()))
+    own = {"SILALIB_RESULTS": str(tmp_path / "results"), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    for command in (["status", "fig6"], ["report", "fig6", "--no-train"]):
+        line = [sys.executable, "-m", "silalib", *command, "--profile", "small"]
+        done = subprocess.run(line, env=os.environ | own, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+    page = (tmp_path / "results" / "small" / "report" / "07_fig6_mnist_features.html").read_text()
+    assert f"<dd>{whole} of 10</dd>" in page and "could not be built" not in page
+    assert (tmp_path / "results" / "small" / "report" / "index.html").exists()
+    assert (victim / "thesis.tex").read_text() == "years of work"

@@ -8,15 +8,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import CorruptFile, MissingData, UserError
-from ..files import fits, is_number, read_sealed, to_json, write_atomically
+from ..files import fits, is_number, is_text, read_sealed, to_json, write_atomically
 
 FILES = ("train.npy", "train_labels.npy", "test.npy", "test_labels.npy")
 VERIFIED = ".verified.json"
 AGAIN = "prepare it again (python -m silalib data ... --from DIR)"
-_count, _word = (lambda value: type(value) is int and is_number(value, 1)), lambda value: isinstance(value, str)
-FORM = {"classes": [_word], "image": [_count], "train": _count, "test": _count, "files": dict.fromkeys(FILES, _word)}
-FORM |= {"title": _word, ...: lambda value: True}
-"""The form of dataset.json, see `fits`."""
+FORM = {"classes": [lambda name: isinstance(name, str)], "image": [is_number], "train": is_number, "test": is_number}
+FORM |= {"files": dict.fromkeys(FILES, is_text), ...: lambda value: True}
 
 
 def describe(folder):

@@ -144,20 +144,20 @@ def in_8_bits(image):
     Floats are from 0 to 1. Raises ValueError where the range cannot be told: of 32 bits without a tag, and of a TIFF
     of 16 bits that leaves the upper half of its range empty, as one of 14 bits does.
     """
-    tags = getattr(image, "tag_v2", {})
-    bits = max(tags.get(BITS, (16 if image.mode[0] == "I" else 8,)))
-    if image.mode[0] not in "IF" and bits <= 8:
+    tags, several = getattr(image, "tag_v2", {}), image.mode[0] not in "IF"
+    bits = max(tags.get(BITS, (8 if several else 16,)))
+    if several and bits <= 8:
         return image
-    values, several = np.asarray(image).astype(float), image.mode[0] not in "IF"  # of several Pillow has kept 8 bits
-    told = max((np.max(tags[tag]) for tag in LARGEST_VALUES if tag in tags), default=0)
-    told = told if told > 0 and np.log2(told + 1) % 1 == 0 and not several else None  # others are of this image alone
+    values = np.asarray(image).astype(float)  # of several channels Pillow has kept the upper 8 bits
+    told = max((np.max(tags[tag]) for tag in LARGEST_VALUES if tag in tags and not several), default=0)
+    told = told > 0 and np.log2(told + 1) % 1 == 0 and told  # others are of this image alone
     top = told or (1 if image.mode == "F" else 255 if several else 2**bits - 1)
-    sure = told or image.mode == "F" or bits < 16 or image.format != "TIFF" or values[..., :3].max() > top / 2
-    if not sure or (bits > 16 and not told and top > 1) or not 0 <= values.min() <= values.max() <= top:
+    sure = told or top == 1 or (bits <= 16 and (image.format != "TIFF" or values[..., :3].max() > top / 2))
+    if not sure or not 0 <= values.min() <= values.max() <= top:
         raise ValueError(
             f"the range of its {bits}-bit pixels cannot be told: save it in 8 bits, or with SMaxSampleValue"
         )
-    values = top - values if tags.get(PHOTOMETRIC) == 0 and not several else values
+    values = top - values if tags.get(PHOTOMETRIC) == 0 else values
     return image if several else Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 

@@ -3,35 +3,16 @@
 import os
 import signal
 import threading
+import warnings
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 
-def cpu_cores(root=Path("/")):
-    """CPU cores that this process may use: the least of its affinity, its cgroups' quota and SLURM's share of a task.
-
-    root: where proc and sys are.
-    """
-    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, kinds, place = line.split(":", 2)
-            below = Path("sys/fs/cgroup", kinds, place.lstrip("/"))  # version 2 names no kind
-            found += [quota for folder in (below, *below.parents) if (quota := cgroup_quota(root / folder))]
-    found += [task] if (task := whole_number("SLURM_CPUS_PER_TASK")) else []
-    return max(1, int(min(found)))
-
-
-def cgroup_quota(folder):
-    """The cores that a cgroup, of version 1 or 2, may use, a fraction maybe; None without a limit."""
-    with suppress(OSError, ValueError):
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(quota) / int(period) if int(quota) > 0 else None
-    return None
+def cpu_cores():
+    """CPU cores that this process may use: the least of affinity, its cgroup's quota and SLURM's share of a task."""
+    with warnings.catch_warnings(action="ignore"):  # about shared memory
+        from joblib import cpu_count  # which scikit-learn has brought
+    return min(cpu_count(), whole_number("SLURM_CPUS_PER_TASK") or cpu_count())
 
 
 def whole_number(variable):

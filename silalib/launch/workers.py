@@ -153,18 +153,16 @@ def in_workers(schedule, workers):
     while schedule.waiting and not schedule.stopped.is_set():
         try:
             messages, places, stop = context.Queue(), context.Queue(), context.Event()
-            pool = ProcessPoolExecutor(workers, context, start, (messages, places, stop))
-        except OSError as error:
-            how = "make /dev/shm writable, or use --workers 1"
-            raise UserError(f"no shared memory for worker processes ({error.strerror or error}): {how}") from None
-        for place in range(workers):
-            places.put(place)
-        try:
-            with pool:
+            for place in range(workers):
+                places.put(place)
+            with ProcessPoolExecutor(workers, context, start, (messages, places, stop)) as pool:
                 in_pool(schedule, workers, partial(pool.submit, work), messages, stop.set)
         except BrokenProcessPool:
             why = "out of memory (use fewer workers), or ensure() is called outside of `if __name__ == '__main__':`"
             raise UserError(f"a worker process died: {why}; start again to go on") from None
+        except OSError as error:  # of semaphores; those of a run are its outcome
+            how = "make /dev/shm writable, or use --workers 1"
+            raise UserError(f"no shared memory for worker processes ({error.strerror or error}): {how}") from None
 
 
 def in_pool(schedule, workers, submit, messages, stop):

@@ -43,11 +43,9 @@ def build(
                 notebook = future.result()
                 page = report.notebook_page(stem, notebook, made_of[stem])
                 files.write_atomically(executed / f"{stem}.ipynb", files.to_json(notebook))
-            except NoRoom:  # for the other pages neither
-                raise
-            except Exception as error:  # whatever it is, the other pages are built
-                if isinstance(error, OSError) and error.errno in files.FULL:
-                    raise files.unwritable(report.folder, error) from None
+            except Exception as error:  # whatever it is, the other pages are built, if there is room for them
+                if isinstance(error, NoRoom) or getattr(error, "errno", None) in files.FULL:
+                    raise error if isinstance(error, NoRoom) else files.unwritable(report.folder, error) from None
                 line = str(error) if isinstance(error, UserError) else first_line(type(error).__name__, error)
                 page = report.page(stem, "failed", error=line, traceback=getattr(error, "traceback", ()))
                 (executed / f"{stem}.ipynb").unlink(missing_ok=True)

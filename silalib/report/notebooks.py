@@ -86,24 +86,13 @@ def kernel_environment(private):
 
     private: an empty folder in the place of their settings. Folders are absolute, as a kernel starts in the project's.
     """
-    own = {
-        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "IPYTHON", "JUPYTER", "MPL", "MATPLOTLIB"))
-    }
+    foreign = ("PYTHON", "IPYTHON", "JUPYTER", "MPL", "MATPLOTLIB")
     search = [str(ROOT), *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
-    private_folders = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")
-    return (
-        own
-        | dict.fromkeys(private_folders, private)
-        | {
-            "PYTHONPATH": os.pathsep.join(search),
-            "PYTHONUTF8": "1",
-            "MPLBACKEND": "agg",
-            "SILALIB_RESULTS": str(results_folder("").absolute()),
-            "SILALIB_DATA": str(data_folder().absolute()),
-            "TQDM_DISABLE": "1",
-            "OMP_NUM_THREADS": own.get("OMP_NUM_THREADS") or str(processes.cpu_cores()),
-        }
-    )
+    found = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    found |= dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), private)
+    found |= {"SILALIB_RESULTS": str(results_folder("").absolute()), "SILALIB_DATA": str(data_folder().absolute())}
+    found |= {"OMP_NUM_THREADS": found.get("OMP_NUM_THREADS") or str(processes.cpu_cores()), "TQDM_DISABLE": "1"}
+    return found | {"PYTHONPATH": os.pathsep.join(search), "PYTHONUTF8": "1", "MPLBACKEND": "agg"}
 
 
 def execute(path, parameters, kernels, private):
