@@ -26,7 +26,5 @@ def __getattr__(name):
             try:
                 return getattr(import_module(f"silalib.{module}"), name)
             except ModuleNotFoundError as error:
-                from .errors import missing_extra
-
-                raise missing_extra(error) from None
+                raise import_module("silalib.errors").missing_extra(error) from None
     raise AttributeError(f"module 'silalib' has no attribute {name!r}")

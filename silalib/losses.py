@@ -15,7 +15,6 @@ bfloat16 the gradient is off by several percent.
 """
 
 import math
-from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +68,7 @@ def _mimicry(logits, dim, temperature=1.0):
         raise ValueError("mutual learning needs at least two heads")
     log_p = [F.log_softmax(z / temperature, dim) for z in logits]
     targets = [lp.detach() for lp in log_p]
-    pairs = permutations(range(len(logits)), 2)
+    pairs = [(c, k) for c in range(len(logits)) for k in range(len(logits)) if k != c]
     kl = sum((targets[k].exp() * (targets[k] - log_p[c])).sum(dim, keepdim=True) for c, k in pairs)
     return kl * (temperature**2 / (len(logits) - 1))
 
@@ -144,37 +143,35 @@ class SiameseLabelsLoss(torch.nn.Module):
 
 
 class _Target:
-    """The target q of every position after class weight w and smoothing: m = sum(q), <q, z>, and what a mean counts."""
+    """The target q of every position after class weight w and smoothing: m = sum(q), <q, z>, what counts in a mean."""
 
-    def __init__(self, z, target, ignore_index, weight, smoothing):
-        self.dim = min(z.dim() - 1, 1)  # that of the classes
-        self.m, self.soft, self.w, self.w_y, self.ignored, self.smoothing = None, None, 1.0, None, None, smoothing
+    def __init__(self, z, dim, target, ignore_index, weight, smoothing):
+        self.dim, self.smoothing, self.w = dim, smoothing, 1.0
+        self.m = self.q = self.ignored = self.w_y = None
         if target is None:
             return
         if weight is not None:
-            weight = torch.as_tensor(weight, dtype=z.dtype, device=z.device)
-            self.w = weight.view(-1, *[1] * (z.dim() - self.dim - 1))
+            self.w = torch.as_tensor(weight, dtype=z.dtype, device=z.device).view(-1, *[1] * (z.dim() - dim - 1))
         if target.is_floating_point():
-            self.soft = self.w * target.to(z.dtype)
-            mass = self.soft.sum(self.dim, keepdim=True)
-        else:
-            target = target.long().unsqueeze(self.dim)
-            self.ignored = _ignored(target, ignore_index, z.shape[self.dim])
-            self.index = target if self.ignored is None else target.masked_fill(self.ignored, 0)
-            mass = self.w_y = None if weight is None else weight[self.index]
-        if mass is not None:
-            self.m = (1 - smoothing) * mass + smoothing * (1.0 if weight is None else weight.mean())
+            self.q = self.w * ((1 - smoothing) * target.to(z.dtype) + smoothing / z.shape[dim])
+            self.m = self.q.sum(dim, keepdim=True)
+            return
+        target = target.long().unsqueeze(dim)
+        self.ignored = _ignored(target, ignore_index, z.shape[dim])
+        self.y = target if self.ignored is None else target.masked_fill(self.ignored, 0)
+        if weight is not None:
+            self.w_y = self.w.flatten()[self.y]
+            self.m = (1 - smoothing) * self.w_y + smoothing * self.w.mean()
 
     def times_m(self, x):
         return x if self.m is None else self.m * x
 
     def dot(self, logits):
         """<q, z_c> of every head, (C, B, 1, ..)."""
-        if self.soft is None:
-            own = torch.stack([z.gather(self.dim, self.index) for z in logits])
-            own = own if self.w_y is None else self.w_y * own
-        else:
-            own = torch.stack([(self.soft * z).sum(self.dim, keepdim=True) for z in logits])
+        if self.q is not None:
+            return torch.stack([(self.q * z).sum(self.dim, keepdim=True) for z in logits])
+        own = torch.stack([z.gather(self.dim, self.y) for z in logits])
+        own = own if self.w_y is None else self.w_y * own
         if not self.smoothing:
             return own
         return own.lerp(torch.stack([(self.w * z).mean(self.dim, keepdim=True) for z in logits]), self.smoothing)
@@ -209,8 +206,6 @@ def _ignored(target, ignore_index, classes):
 
 def _checked(logits, target=None, ignore_index=-100, weight=None, label_smoothing=0.0):
     """The logits as a list of float tensors of one shape (B, N, ..), float32 at least, and the target as `_Target`."""
-    if target is not None and (not torch.is_tensor(target) or target.dtype == torch.bool):
-        raise ValueError("target: give class indices as a tensor of integers, or soft labels as one of floats")
     soft = target is not None and target.is_floating_point()
     single = torch.is_tensor(logits) and logits.dim() < (3 if target is None else target.dim() + 2 - soft)
     logits = [logits] if isinstance(logits, dict) or not hasattr(logits, "__iter__") else list(logits)
@@ -221,25 +216,18 @@ def _checked(logits, target=None, ignore_index=-100, weight=None, label_smoothin
             mend = ".logits" if hasattr(z, "logits") else '["out"]' if isinstance(z, dict) else "tensor"
             raise ValueError(f"a head is a {type(z).__name__}: give its {mend}")
     shapes = [tuple(z.shape) for z in logits]
-    shape = shapes[0]
+    shape, dim = shapes[0], min(len(shapes[0]) - 1, 1)
     if not shape or any(other != shape for other in shapes):
         raise ValueError(f"logits of shapes {shapes}: every head needs the same (batch, classes, ...)")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing {label_smoothing}: give 0 to 1")
-    dim = min(len(shape) - 1, 1)  # that of the classes
-    if target is not None and tuple(target.shape) != (shape if soft else shape[:dim] + shape[dim + 1 :]):
-        mends = {
-            shape: "give one-hot labels as floats, or argmax(1)",
-            shape[:-1]: "the classes come second, so of logits (B, T, N) take transpose(1, 2)",
-            (*shape[:1], 1, *shape[2:]): "take squeeze(1)",
-        }
-        mend = mends.get(tuple(target.shape), "one class index per position")
-        mend = "give class indices as integers, or soft labels of the logits' shape" if soft else mend
+    indices = shape[:dim] + shape[dim + 1 :]
+    if target is not None and tuple(target.shape) != (shape if soft else indices):
+        mend = f"give class indices as integers {indices}, or soft labels as floats {shape}"
+        mend = "of logits (B, T, N) take transpose(1, 2)" if dim and indices != shape[:-1] == target.shape else mend
         raise ValueError(f"target of shape {tuple(target.shape)} for logits {shape}: {mend}")
-    if weight is not None and len(weight) != shape[dim]:
-        raise ValueError(f"{len(weight)} class weights for {shape[dim]} classes")
+    if (weight is not None and len(weight) != shape[dim]) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"give {shape[dim]} class weights, and a label_smoothing from 0 to 1, not {label_smoothing}")
     logits = [z.float() if z.dtype in (torch.float16, torch.bfloat16) else z for z in logits]
-    return logits, _Target(logits[0], target, ignore_index, weight, label_smoothing)
+    return logits, _Target(logits[0], dim, target, ignore_index, weight, label_smoothing)
 
 
 def _weighted(losses, betas):
