@@ -49,10 +49,12 @@ def saved(folder, name):
 
 
 def test_equal_figures_are_equal_bytes_without_a_date(results):
-    for name in ("one", "two"):
-        plots.show(scatter(), name, "paper", alt="Points")
-    one, two = (saved(results / "paper" / "figures", name) for name in ("one", "two"))
-    assert one == two and set(one) == {".png", ".svg", ".pdf", ".json"}
+    both = []
+    for _ in range(2):
+        plots.show(scatter(), "one", "paper", alt="Points")
+        both.append(saved(results / "paper" / "figures", "one"))
+    one, two = both
+    assert one == two and set(one) == {".png", ".svg", ".pdf", ".csv", ".json"}
     assert one[".png"].startswith(b"\x89PNG") and one[".pdf"].startswith(b"%PDF")
     assert not any(word in b"".join(one.values()) for word in (b"Date", b"date>", b"Creator", b"Producer", b"Software"))
     assert not plots.plt.get_fignums()
@@ -96,7 +98,7 @@ def test_what_is_not_run_is_words_and_no_empty_figure(results, shown):
     axes[0].plot([1, 2])
     plots.show(fig, "half", "paper", alt="A line")
     assert [[text.get_text() for text in ax.texts] for ax in axes] == [[], ["not run"]]
-    assert axes[0].yaxis.get_tick_params()["labelleft"] and not axes[1].xaxis.get_tick_params()["labelbottom"]
+    assert axes[0].axison and not axes[1].axison
     assert shown.pop().alt == "A line" and saved(results / "paper" / "figures", "half")
     assert not plots.plt.get_fignums()
 
@@ -165,26 +167,99 @@ def test_one_seed_is_drawn_without_a_bar():
         bars = fig.axes[0].containers[0].lines[2][0].get_segments()
         drawn = [bar for bar in bars if np.isfinite(bar).all() and len(bar)]
         assert len(drawn) == (10 if len(seeds) > 1 else 0)  # both networks of five pairs
-        assert fig.axes[0].get_title(loc="right") == f"Title{title}"
+        assert fig.axes[0].get_title(loc="left") == f"Title{title}"
         plots.plt.close(fig)
 
 
 def test_a_figure_of_gains_without_records_says_so():
-    """It holds the paper's crosses alone, so no method of ours is in its legend."""
+    """Nothing is drawn of it, not even the paper's marks, so that `show` puts a sentence in its place."""
     rows = tables.over_seeds(tables.cells(table3("paper", [0]), {}, ("top1",), "table3"))
     fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
-    assert fig.axes[0].get_title(loc="right") == "Title, not run"
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["the paper's gain"]
+    assert not plots.anything_drawn(fig) and fig.axes[0].get_title(loc="left") == "Title"
     plots.plt.close(fig)
 
 
-def test_a_legend_has_each_label_once():
-    fig, axes = plots.plt.subplots(1, 3)
-    plots.legend_below(fig, axes)
-    assert not fig.legends
-    for ax, labels in zip(axes, ("ab", "bc", "")):
-        for label in labels:
-            ax.plot([0, 1], label=label)
-    plots.legend_below(fig, axes)
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a", "b", "c"]
+def test_the_papers_gain_is_a_mark_that_no_dot_hides():
+    """VGG19 gains 0.22 in the paper (94.77 over 94.55), and 0.22 here: the diamond is larger, and in front."""
+    grid = table3("paper", [0])
+    records = made_up(grid, lambda run, head: 94.55 + 0.22 * (run.method == "sila"))
+    rows = tables.over_seeds(tables.cells(grid, records, ("top1",), "table3"))
+    fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
+    dots, diamonds = fig.axes[0].lines[:2]
+    names = [name.get_text() for name in fig.axes[0].get_yticklabels()]
+    row = names.index("VGG19 x2 · Net1")
+    assert dots.get_xdata()[row] == pytest.approx(0.22) and diamonds.get_xdata()[row] == pytest.approx(0.22)
+    assert diamonds.get_markersize() > 1.5 * dots.get_markersize() and diamonds.get_fillstyle() == "none"
+    assert diamonds.get_zorder() > dots.get_zorder()
     plots.plt.close(fig)
+
+
+def test_names_stand_at_the_ends_of_their_lines_and_apart():
+    fig, ax = plots.plt.subplots()
+    for name, end in (("low", 0.0), ("high", 10.0), ("higher", 10.1), ("_unnamed", 5.0)):
+        ax.plot([0, 1], [5, end], label=name)
+    plots.label_lines(ax)
+    height = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert list(height) == ["low", "high", "higher"]
+    assert height["higher"] - height["high"] > 0.07 and max(height.values()) <= 1
+    bottom, top = ax.get_ylim()
+    assert height["low"] == pytest.approx((0 - bottom) / (top - bottom))
+    assert [text.get_color() for text in ax.texts] == [line.get_color() for line in ax.lines[:3]]
+    plots.plt.close(fig)
+
+
+def test_a_difference_has_one_band_over_seeds():
+    """At each point two seeds: t(0.975, 1) = 12.7062 times half of their distance."""
+    fig, ax = plots.plt.subplots()
+    plots.difference(ax, [0, 1], [[1.0, 2.0], [3.0, 2.0]])
+    (band,) = ax.collections
+    ends = band.get_paths()[0].vertices
+    assert sorted(set(ends[ends[:, 0] == 0][:, 1].round(3))) == [2 - 12.706, 2 + 12.706]
+    assert set(ends[ends[:, 0] == 1][:, 1]) == {2.0}
+    np.testing.assert_array_equal(ax.lines[1].get_xydata(), [[0, 2], [1, 2]])
+    plots.plt.close(fig)
+
+
+def test_the_svg_follows_the_theme_and_is_valid_alone(results):
+    """Blue gets lighter and ink light in the dark; in the light nothing is changed, and the ground is transparent."""
+    fig, ax = plots.plt.subplots()
+    ax.plot([0, 1], color="#0072b2")
+    plots.show(fig, "themed", "paper", alt='A "line"')
+    svg = saved(results / "paper" / "figures", "themed")[".svg"].decode()
+    root = ElementTree.fromstring(svg)
+    assert root.attrib["role"] == "img" and root.attrib["aria-label"] == 'A "line"'
+    dark = re.search(r"@media screen and \(prefers-color-scheme:dark\)\{(.*)\}</style>", svg)[1]
+    rules = dict(re.findall(r'\[style\*="(\w+: #\w+)"\]\{\w+:(#\w+)!', dark))
+    light = lambda colour: sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) / 765
+    assert 0.5 < light(rules["stroke: #0072b2"]) < 0.8 < light(rules[f"fill: {plots.INK}"])
+    assert "fill: #ffffff" not in svg and 'style="fill: none; stroke: #0072b2' in svg
+
+
+def test_the_csv_of_a_figure_has_its_numbers(results):
+    fig, ax = plots.plt.subplots()
+    ax.errorbar([1.5], [0], xerr=[0.25], label="SiLa")
+    ax.fill_between([0, 1], [0, 0], [2, 2])
+    ax.scatter(range(600), range(600))
+    ax.set_title("Panel")
+    plots.show(fig, "numbers", "paper", alt="")
+    lines = saved(results / "paper" / "figures", "numbers")[".csv"].decode().splitlines()
+    assert lines[:4] == ["panel,quantity,series,x,y", "Panel,,SiLa,1.5,0", "Panel,,,1.25,0", "Panel,,,1.75,0"]
+    assert {"Panel,,,0,2", "Panel,,,1,2"} <= set(lines) and len(lines) < 20
+
+
+def test_each_panel_has_its_box_in_the_svg(results, shown):
+    """In the units of the viewBox, side by side within it; a single panel needs none."""
+    fig, axes = plots.plt.subplots(1, 2, figsize=(8, 3))
+    for ax in axes:
+        ax.plot([0, 1])
+    plots.show(fig, "two", "paper", alt="", thumb=1)
+    metadata = shown.pop().metadata
+    svg = saved(results / "paper" / "figures", "two")[".svg"].decode()
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    (x1, y1, w1, h1), (x2, y2, w2, h2) = metadata["panels"]
+    assert x1 >= 0 and x1 + w1 <= x2 + 15 and x2 + w2 <= width + 1 and max(y1 + h1, y2 + h2) <= height + 1
+    assert min(w1, w2) > 0.4 * width and min(h1, h2) > 0.8 * height
+    small = ElementTree.fromstring(metadata["thumbnail"])
+    assert float(small.attrib["width"].removesuffix("pt")) < 230
+    plots.show(scatter(), "one", "paper", alt="")
+    assert shown.pop().metadata["panels"] == []

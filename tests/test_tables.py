@@ -77,13 +77,14 @@ def test_comparison_says_what_was_not_run_and_what_did_not_learn():
     records = {run: record for run, record in records.items() if "vgg13" not in run.nets}
     table = tables.comparison(tables.over_seeds(tables.cells(grid, records, ("top1",), "table1")), ("top1",), 80)
     assert len(table) == 33
-    shown = table.set_index([("", "Networks"), ("", "Method"), ("", "Net")])["Top-1"]
-    assert shown.loc[("ResNet18", "IND", ""), "ours"] == "90.00"
-    assert shown.loc[("MobileNet", "IND", "(did not learn)"), "ours"] == "70.00"
-    assert shown.loc[("MobileNet+ResNet18", "SiLa", "Net1 (did not learn)"), "gain"] == "+20.00"
-    assert shown.loc[("MobileNet+ResNet18", "SiLa", "Net2"), "gain"] == "+0.00"
-    assert shown.loc[("VGG13+VGG13", "DML", "Net1"), "ours"] == "not run"
-    assert shown.loc[("VGG13+VGG13", "DML", "Net1"), "paper"] == "73.76"
+    shown = table.set_index([("", "network")])["Top-1"]
+    assert list(shown) == ["gain", "paper's gain", "ours", "paper"]
+    assert shown.loc["R18 · IND", "ours"] == "90.00"
+    assert shown.loc["Mobile · IND (did not learn)", "ours"] == "70.00"
+    assert shown.loc["Mobile+R18 · SiLa · Net1 (did not learn)", "gain"] == "+20.00"
+    assert shown.loc["Mobile+R18 · SiLa · Net2", "gain"] == "+0.00"
+    assert shown.loc["VGG13 x2 · DML · Net1", "ours"] == "not run"
+    assert shown.loc["VGG13 x2 · DML · Net1", "paper"] == "73.76"
 
 
 def test_the_msdnets_of_a_grid():

@@ -43,6 +43,15 @@ def judge_all(found, names=None):
     return [judged(name, claim, effects) for name, (claim, _, effects) in chosen.items()]
 
 
+def headline(*judged):
+    """Judged claims as Markdown, a paragraph each: in bold the verdict, then the numbers on which it rests."""
+    paragraphs = []
+    for claim in judged:
+        numbers = "; ".join(f"{effect.name}: **{effect}**" for effect in claim.primary if str(effect))
+        paragraphs.append(f"**{claim.claim}: {claim.verdict}.** {numbers}".strip() + "." * bool(numbers))
+    return "\n\n".join(paragraphs)
+
+
 def in_words(claim):
     """A judged claim as Markdown: the verdict, then a line for each effect, and what would decide it."""
     lines = [f"**{claim.claim}: {claim.verdict}.**\n"]

@@ -8,6 +8,8 @@ from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.ticker import MaxNLocator
 
 from .. import __version__, data
@@ -18,56 +20,76 @@ from . import statistics, tables
 COLOURS = dict(zip(LABELS, cycle(("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))))
 """Method -> colour, distinguishable without red-green vision."""
 
+INK, FAINT = "#1c1e21", "#767676"
+
 
 def use_style():
     plt.style.use(["default", str(files("silalib.analysis") / "silalib.mplstyle")])
 
 
-def legend_below(fig, axes, ncols=2):
-    """One legend below all panels, with each label once; none where nothing is drawn."""
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    if handles:
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
+def label_lines(ax):
+    """Name each line at its right end in its colour, in the place of a legend; no name covers another."""
+    bottom, top = ax.get_ylim()
+    lines = sorted((line for line in ax.lines if line.get_label()[0] != "_"), key=lambda line: line.get_ydata()[-1])
+    ends = np.array([(line.get_ydata()[-1] - bottom) / (top - bottom) for line in lines])
+    apart = 0.08 * max((1 + line.get_label().count("\n") for line in lines), default=0) * np.arange(len(lines))
+    places = np.minimum(np.maximum.accumulate(ends - apart) + apart, 1 - apart[::-1])
+    for line, y in zip(lines, places):
+        ax.text(1.02, y, line.get_label(), transform=ax.transAxes, va="center", color=line.get_color(), fontsize=10)
+
+
+def difference(ax, x, values, colour=COLOURS["sila"], label="", fmt="-"):
+    """Draw differences, shape (seeds, points), as their mean with one band, its 95% interval over seeds."""
+    ax.axhline(0, color=INK, linewidth=1)
+    if np.size(values):
+        mean, half = np.array([statistics.interval(column) for column in np.asarray(values, float).T]).T
+        ax.plot(x, mean, fmt, color=colour, label=label)
+        ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
 
 
 def gains(rows, methods, title):
     """A figure of `tables.over_seeds`: each network row's gain in top-1 over IND with its 95% interval, by method.
 
-    A cross beside a point is the gain that the paper prints. The title is followed by the number of seeds.
+    A diamond around or beside a point is the gain that the paper prints. Rows without a gain of ours are left out. The
+    title is followed by the number of seeds.
     """
-    top1 = rows[(rows["metric"] == "top1") & rows["method"].isin([LABELS[m] for m in methods])]
-    names = list(dict.fromkeys(zip(top1["pair"], top1["net"])))
-    fig, ax = plt.subplots(figsize=(7.6, 1.2 + (0.18 + 0.08 * len(methods)) * len(names)))
+    names = [LABELS[method] for method in methods]
+    top1 = rows[(rows["metric"] == "top1") & rows["method"].isin(names) & rows["gain"].notna()]
+    top1 = top1.assign(line=top1.groupby(["pair", "net"], sort=False).ngroup())
     series = []
     for method in methods:
-        part = top1[top1["method"] == LABELS[method]]
-        lines = [names.index(name) for name in zip(part["pair"], part["net"])]
-        style = dict(label=LABELS[method], fmt="o", color=COLOURS[method])
-        series.append((lines, part["gain"], part["gain_half"], style, part["paper_gain"]))
-    xlabel = "gain in top-1 over IND (percentage points)"
-    intervals(ax, [f"{pair}, Net{net}" for pair, net in names], series, xlabel)
-    ax.plot([], [], "x", color="#777777", label="the paper's gain")
-    ax.set_title(f"{title}{statistics.seeds(top1['gain_n'], ', ') or ', not run'}", loc="right")
-    fig.legend(loc="outside lower center", ncols=len(methods) + 1)
+        part, style = top1[top1["method"] == LABELS[method]], dict(label=LABELS[method], fmt="o", color=COLOURS[method])
+        series.append((part["line"], part["gain"], part["gain_half"], style, part["paper_gain"]))
+    networks = top1.drop_duplicates("line")
+    names = [f"{tables.short(pair)} · Net{net}" for pair, net in zip(networks["pair"], networks["net"])]
+    fig, ax = plt.subplots(figsize=(5.6, 1.4 + (0.18 + 0.1 * len(methods)) * len(names)))
+    intervals(ax, names, series, "gain in top-1 over IND (points)")
+    ax.plot([], [], **PAPER, label="the paper's gain")
+    ax.set_title(f"{title}{statistics.seeds(top1['gain_n'], ', ')}")
+    fig.legend(loc="outside lower center", ncols=min(len(methods) + 1, 3))
     return fig
+
+
+PAPER = dict(marker="D", linestyle="", color=INK, fillstyle="none", markersize=9, zorder=4)
+"""The mark of the paper's numbers: an open diamond, larger than our points and above them."""
 
 
 def intervals(ax, names, series, xlabel):
     """Draw means with their intervals beside names, from top to bottom, with a rule at zero.
 
-    series: [(number of each point's name, means, half-widths, style, crosses)]; crosses can be left out. One without a
-    mean is not in the legend.
+    series: [(number of each point's name, means, half-widths, style, the paper's numbers)]; these can be left out. One
+    without a mean is not in the legend.
     """
-    for i, (lines, means, half_widths, style, *crosses) in enumerate(series):
+    for i, (lines, means, half_widths, style, *papers) in enumerate(series):
         y = np.array(lines) + 0.2 * (i - (len(series) - 1) / 2)
         bars = ax.errorbar(means, y, xerr=half_widths, **style)
         if not np.isfinite(means).any():
             bars.set_label(None)
-        for numbers in crosses:
-            ax.plot(numbers, y, "x", color=style["color"], alpha=0.6)
-    ax.axvline(0, color="#333333", linewidth=1)
+        for numbers in papers:
+            ax.plot(numbers, y, **PAPER)
+    ax.axvline(0, color=INK, linewidth=1)
     ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
     ax.set_xlabel(xlabel)
 
 
@@ -91,12 +113,13 @@ def features(ax, record, head, label):
     ax.set(xticks=[], yticks=[])
 
 
-def show(fig, name, profile, alt, records=()):
-    """Save a figure as results/<profile>/figures/<name>.png, .svg and .pdf, display it, and close it.
+def show(fig, name, profile, alt, records=(), thumb=None):
+    """Save a figure as results/<profile>/figures/<name>.png, .svg, .pdf and .csv, display it, and close it.
 
     alt: its alternative text. records: those it shows, as `ensure` gives them; <name>.json says where they come from.
-    A figure of records is watermarked in the quick profile: the data are a stand-in. Equal figures give equal bytes.
-    Axes in which nothing is drawn say 'not run'; where all are, a line of text takes the figure's place.
+    thumb: which of its panels the index shows, of a page's main figure. A figure of records is watermarked in the quick
+    profile: the data are a stand-in. Equal figures give equal bytes. Where nothing is drawn, a line of text takes its
+    place.
     """
     from IPython.display import Image, Markdown, display
 
@@ -105,37 +128,90 @@ def show(fig, name, profile, alt, records=()):
         display(Markdown("**Not run:** the records, or the data, that this figure shows are not on disk."))
         return
     if records and profile == "quick":
-        fig.text(
-            0.5, 0.5, "stand-in data", fontsize=44, color="#000000", alpha=0.07, rotation=25, ha="center", va="center"
-        )  # fmt: skip
+        fig.text(0.5, 0.5, "stand-in data", fontsize=36, color=FAINT, alpha=0.15, rotation=25, ha="center", va="center")
     for ax in fig.axes:
         if ax.get_xlabel() == "epoch":  # there is no half of one
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         for points in ax.collections:
             points.set_rasterized(len(points.get_offsets()) > 500)  # else each is an object of the SVG and the PDF
-    contents = {}
-    for kind, metadata in UNDATED.items():
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight")
-        contents[kind] = buffer.getvalue()
+    contents = {"csv": numbers(fig).to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()}
+    for kind in UNDATED:
+        contents[kind] = in_format(fig, kind)
         fig.set_layout_engine("none")  # it is laid out now: the other formats need not do it again
-    shown = io.BytesIO()  # in WebP: half of the PNG's bytes or fewer
-    fig.savefig(shown, format="webp", bbox_inches="tight", pil_kwargs={"lossless": True})
+    contents["svg"] = themed(contents["svg"].decode(), name, alt).encode()
+    metadata = {"alt": alt, "name": name, "title": fig.get_suptitle(), "panels": panel_boxes(fig)}
+    if thumb is not None:
+        metadata["thumbnail"] = thumbnail(fig, fig.axes[thumb], name)
     plt.close(fig)
     save("figures", name, profile, contents, records)
-    width = plt.imread(shown, "webp").shape[1]
-    display(Image(shown.getvalue(), width=round(width * 0.62), alt=alt, metadata={"alt": alt}))
+    display(Image(contents["png"], retina=True, alt=alt, metadata=metadata))
+
+
+def in_format(fig, kind):
+    """The bytes of a figure as "png", "svg" or "pdf"."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format=kind, metadata=UNDATED[kind], transparent=kind == "svg", bbox_inches="tight")
+    return buffer.getvalue()
 
 
 def anything_drawn(fig):
-    """Whether any axes of a figure have data. Those without get the words 'not run' for their ticks and grid."""
+    """Whether any axes of a figure have data. Those without become the words 'not run'."""
     empty = [ax for ax in fig.axes if not np.isfinite(ax.dataLim.get_points()).all()]
     for ax in empty:
-        ax.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
-        ax.grid(False)
-        if not ax.texts:
-            ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color="#767676")
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color=FAINT)
     return len(empty) < len(fig.axes)
+
+
+def numbers(fig):
+    """What the lines, bars and bands of a figure are drawn from: panel, series, x, y; clouds are in the records."""
+    rows = []
+    for ax in fig.axes:
+        named = {bars[0]: bars.get_label() for bars in ax.containers}
+        drawn = {line: line.get_xydata() for line in ax.lines}
+        bands = [part for part in ax.collections if len(part.get_offsets()) < 2 and part.get_paths()]
+        drawn |= {part: np.concatenate([path.vertices for path in part.get_paths()]) for part in bands}
+        for artist, points in drawn.items():
+            series = re.sub("^_.*", "", named.get(artist, artist.get_label()))
+            rows += [(ax.get_title(loc="left"), ax.get_ylabel(), series, *point) for point in points]
+    return pd.DataFrame(rows, columns=["panel", "quantity", "series", "x", "y"])
+
+
+def themed(svg, name, alt):
+    """An SVG of matplotlib in fewer bytes, whose colours follow the reader's light or dark theme; alone it is light.
+
+    On a dark ground a grey is turned, and any other colour is lighter.
+    """
+    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub('<g(?: id="figure_1")?>', f'<g id="figure-{name}">', svg, count=1)
+    svg = re.sub(r' id="[a-zA-Z.]+(?:2d)?_\d+"', "", svg)  # nothing refers to them, and a page has several figures
+    svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
+    rules = "svg{fill:#e3e5e8}"  # of text in black, which has no style
+    for kind, colour in sorted(set(re.findall(r"(fill|stroke): (#\w{6})", svg))):
+        rgb = np.array(to_rgb(colour))
+        dark = to_hex(0.95 - 0.85 * rgb if np.ptp(rgb) < 0.1 else rgb + 0.35 * (1 - rgb))
+        rules += f'[style*="{kind}: {colour}"]{{{kind}:{dark}!important}}'
+    svg = svg.replace("</style>", f"@media screen and (prefers-color-scheme:dark){{{rules}}}</style>", 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+
+
+def panel_boxes(fig):
+    """The box (x, y, width, height) of each panel in the figure's SVG, for a phone to stack; none for one panel."""
+    renderer, scale = fig.canvas.get_renderer(), 72 / fig.dpi
+    whole = fig.get_tightbbox(renderer).padded(plt.rcParams["savefig.pad_inches"])  # in inches
+    boxes = [ax.get_tightbbox(renderer).padded(4) for ax in fig.axes if len(fig.axes) > 1]
+    corners = [(box.x0 * scale - 72 * whole.x0, 72 * whole.y1 - box.y1 * scale) for box in boxes]
+    found = [(*corner, box.width * scale, box.height * scale) for corner, box in zip(corners, boxes)]
+    return np.round(found, 1).tolist()
+
+
+def thumbnail(fig, panel, name):
+    """One panel of a figure without words, as a small SVG; the figure is used up."""
+    for part in [*fig.legends, *fig.texts, *panel.texts, *(ax for ax in fig.axes if ax is not panel)]:
+        part.remove()
+    fig.set_size_inches(2.9, 1.9)
+    panel.set(position=(0.03, 0.05, 0.94, 0.9), title="", xlabel="", ylabel="", xticklabels=[], yticklabels=[])
+    return themed(in_format(fig, "svg").decode(), f"{name}-thumbnail", "")
 
 
 UNDATED = {
@@ -185,14 +261,15 @@ def markdown(frame):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def in_markdown(value):
-    return re.sub(r"([\\`*_<|~$])", r"\\\1", str(value))
+def in_markdown(value, special=r"[\\`*_<|~$]"):
+    """A text with a backslash before each special character, but for those of $math$."""
+    return re.sub(rf"(\$[^$]+\$)|({special})", lambda found: found[1] or "\\" + found[2], str(value))
 
 
 def latex(frame, caption):
     """A data frame as a LaTeX table, for a document with the package booktabs and T1 fonts."""
-    caption = re.sub(r"([&%$#_{}])", r"\\\1", caption)
-    style = escaped(frame, "latex")
+    caption = in_markdown(caption, "[&%$#_{}]")
+    style = escaped(frame, "latex-math")
     return style.to_latex(caption=caption, position_float="centering", hrules=True, multicol_align="c")
 
 
@@ -215,25 +292,30 @@ def table_page(name, profile, grid, records):
         metrics = [metric for part in parts.values() for metric in part]
         rows, where = tables.over_seeds(tables.cells(own, done, metrics, name)), tables.title(profile, dataset)
         over = statistics.seeds(rows["n"], "; mean ± 95% interval over ") or "; not run"
+        fig = gains(rows, methods, f"Table {name[-1]}. {where}")
+        alt = "Gain in top-1 accuracy over independent training for every network row, beside the paper's"
+        show(fig, f"{name}{suffix}_gains", profile, alt, done, thumb=0)
         for part, shown in parts.items():
             frame = tables.comparison(rows, shown, learned=80 if profile == "quick" else 0)
             caption = f"Table {name[-1]}{part if not suffix else ''}. {where}; {tables.unit(shown)}{over}."
             show_table(frame, f"{name}{part}", profile, caption, rows[rows["metric"].isin(shown)], done)
-        fig = gains(rows, methods, where)
-        alt = "Gain in top-1 accuracy over independent training for every network row"
-        show(fig, f"{name}{suffix}_gains", profile, alt, done)
 
 
 def panels(names, columns, title):
-    """A figure of means with their intervals, in panels that share the names of their rows.
+    """A figure of means with their intervals, in panels that have the same rows; those without any are left out.
 
     columns: label of a panel -> [(mean, half-width) of each row].
     """
-    fig, axes = plt.subplots(1, len(columns), figsize=(2.2 + 2.9 * len(columns), 1.3 + 0.34 * len(names)), sharey=True)
-    for ax, (label, values) in zip(np.atleast_1d(axes), columns.items()):
-        means, half_widths = np.array(values, float).reshape(-1, 2).T
+    columns = {label: np.array(values, float).reshape(-1, 2) for label, values in columns.items()}
+    drawn = np.isfinite([values[:, 0] for values in columns.values()]).any(axis=0)
+    names, rows = [name for name, found in zip(names, drawn) if found], -(-len(columns) // 2)
+    fig, axes = plt.subplots(rows, 2, figsize=(10.4, rows * (1.1 + 0.3 * len(names))), squeeze=False)
+    for ax, (label, values) in zip(axes.flat, columns.items()):
+        means, half_widths = values[drawn].T
         style = dict(fmt="o", color=COLOURS["sila"], capsize=2)
         intervals(ax, names, [(range(len(names)), means, half_widths, style)], label)
         ax.locator_params(axis="x", nbins=5)
+    for ax in axes.flat[len(columns) :]:
+        ax.remove()
     fig.suptitle(title, x=0.01, ha="left", fontsize=11)
     return fig

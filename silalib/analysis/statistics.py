@@ -16,7 +16,7 @@ def plus_minus(mean, half_width, digits=2, signed=False):
     """Text of a mean with its 95% half-width; without one (a single seed) the mean alone; "" for NaN."""
     if np.isnan(mean):
         return ""
-    text = f"{mean:{'+' if signed else ''}.{digits}f}"
+    text = f"{mean:{'+' if signed else ''}z.{digits}f}"
     return text if np.isnan(half_width) else f"{text} ± {half_width:.{digits}f}"
 
 

@@ -1,5 +1,6 @@
 """The paper's printed numbers, our records as data frames beside them, and the words of captions."""
 
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from importlib.resources import files
@@ -142,7 +143,7 @@ def over_seeds(frame):
 
 
 def comparison(summary, metrics, learned=0.0):
-    """A table of `over_seeds` to look at: for each metric our mean and interval, the paper's number, the gain over IND.
+    """A table of `over_seeds` to look at: for each metric the gain over IND and our mean, each beside the paper's.
 
     learned: a network whose IND stays under this top-1 is marked 'did not learn'. Returns a data frame of text with
     two levels of columns; a row without records says 'not run', or 'failed', and where.
@@ -153,17 +154,25 @@ def comparison(summary, metrics, learned=0.0):
     for (pair, method, net, network), group in chosen.groupby(["pair", "method", "net", "network"], sort=False):
         reason = group["failed"].iloc[0]
         notes = ["(did not learn)"] if network in top1[top1 < learned] else []
-        notes = ([] if method == ind else [f"Net{net}"]) + notes + ([f"({reason})"] if reason else [])
-        row = {("", "Networks"): pair, ("", "Method"): method, ("", "Net"): " ".join(notes)}
+        notes += [f"({reason})"] if reason else []
+        net_of = [] if method == ind else [f"Net{net}"]
+        row = {("", "network"): " ".join([" · ".join([short(pair), method, *net_of]), *notes])}
         for metric, cell in group.set_index("metric").loc[list(metrics)].iterrows():
             title = METRICS[metric]
+            row[title, "gain"] = plus_minus(cell["gain"], cell["gain_half"], signed=True)
+            row[title, "paper's gain"] = plus_minus(cell["paper_gain"], np.nan, signed=True)
             row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or ("failed" if reason else "not run")
             row[title, "paper"] = plus_minus(cell["paper"], np.nan) or "-"
-            row[title, "gain"] = plus_minus(cell["gain"], cell["gain_half"], signed=True)
         rows.append(row)
     frame = pd.DataFrame(rows)
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     return frame
+
+
+def short(pair):
+    """The name of a pair for a narrow column: "R18 x2", "Mobile+R18"."""
+    nets = re.sub(r"(Res|Dense|Mobile)Net(?=\d?)", lambda found: found[1].replace("Res", "R"), pair).split("+")
+    return f"{nets[0]} x2" if nets[1:] == nets[:1] else "+".join(nets)
 
 
 def heads(grid, records):
@@ -221,18 +230,21 @@ def at_costs(curve, costs):
     return np.interp(costs, ordered["macs"], ordered["top1"])
 
 
-def gains_at_equal_costs(curves, baselines, points=50):
-    """The gains in top-1 (points) of curves over others, paired by seed; shape (seeds, points).
+def shared_costs(curves, points=50):
+    """The same costs for all seeds of a network: evenly spaced where all of its curves reach; none, shape (0,)."""
+    lowest = max((curve["macs"].min() for curve in curves), default=np.inf)
+    highest = min((curve["macs"].max() for curve in curves), default=-np.inf)
+    return np.linspace(lowest, highest, points) if lowest <= highest else np.empty(0)
 
-    The costs are the same for all seeds of a network: evenly spaced where all of its curves reach. Shape
-    (0, points) without curves, or without a cost that all reach.
+
+def gains_at_equal_costs(curves, baselines, points=50):
+    """The gains in top-1 (points) of curves over others at `shared_costs`, paired by seed; shape (seeds, points).
+
+    Shape (0, points) without curves, or without a cost that all reach.
     """
-    every = [*curves, *baselines]
-    lowest = max((curve["macs"].min() for curve in every), default=np.inf)
-    highest = min((curve["macs"].max() for curve in every), default=-np.inf)
-    if lowest > highest:
+    costs = shared_costs([*curves, *baselines], points)
+    if not len(costs):
         return np.empty((0, points))
-    costs = np.linspace(lowest, highest, points)
     return np.array([at_costs(curve, costs) - at_costs(other, costs) for curve, other in zip(curves, baselines)])
 
 
@@ -351,7 +363,7 @@ def what_runs(profile, grid, records):
         runs = [run for run in grid if run.dataset == name]
         planned = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
         lines.append(f"{title(profile, name)}; seeds {planned}; {'; '.join(dict.fromkeys(map(schedule, runs)))}.")
-    return "\n\n".join([" ".join(lines), not_run(grid, records)])
+    return "\n\n".join([" ".join(lines), stand_in(profile), not_run(grid, records)])
 
 
 def of_exhibit(claim, exhibit):
@@ -361,20 +373,20 @@ def of_exhibit(claim, exhibit):
 
 
 def side_by_side(parts, columns, over=None, first="network"):
-    """A table to look at: a row for each part of `heads`, with means and 95% intervals over seeds.
+    """A table to look at: a row for each part of `heads`, with differences, then means, with 95% intervals over seeds.
 
     parts: label -> data frame; several networks of a seed are averaged. columns: title -> (column, digits). over:
     name -> the part to which differences stand beside, paired by seed and network; it has none to itself.
     """
     rows = []
     for label, part in parts.items():
-        row = {first: label, "seeds": part["seed"].nunique()}
+        levels, row = {}, {first: label}
         for title, (column, digits) in columns.items():
             values = [group.mean(skipna=False) for _, group in part.groupby("seed")[column]]
-            row[title] = over_seeds_of([None if np.isnan(value) else value for value in values], digits)
+            levels[title] = over_seeds_of([None if np.isnan(value) else value for value in values], digits)
             for name, baseline in (over or {}).items():
                 apart = not part["run"].isin(baseline["run"]).all()
                 text = plus_minus(*difference(part, baseline, column), digits, signed=True) if apart else ""
                 row[f"{title}, to {name}"] = text
-        rows.append(row)
+        rows.append(row | levels | {"seeds": part["seed"].nunique()})
     return pd.DataFrame(rows)

@@ -1,12 +1,10 @@
 """Render the executed notebooks: one HTML page each, and an index, in results/<profile>/report.
 
-Every page is one file that fetches nothing: style, pictures and math (as MathML) are inside. nbconvert takes seconds
-to import, so it is imported where it is used.
+Every page is one file that fetches nothing: style, pictures and math (as MathML) are inside; one page has a script.
+nbconvert takes seconds to import, so it is imported where it is used.
 """
 
-import base64
 import html
-import io
 import json
 import os
 import re
@@ -15,19 +13,19 @@ from itertools import chain
 from pathlib import Path
 
 from .. import files, records
-from ..analysis import claims, tables
+from ..analysis import claims, plots, tables
 from ..data import dataset
-from ..experiments import EXHIBITS, check_profile
+from ..experiments import EXHIBITS, PROFILES, check_profile
 from ..launch.ensure import ensure
 from ..launch.progress import duration
 from .notebooks import FOLDER, PageFailed, contents
 
 EXTERNAL = (
     r"""<[^>]*\s(?:src|srcset|poster)=(?!["']?data:)[^>]*>|<(?:script|link|object|iframe|embed|base|form)\b"""
-    r"""|<[^>]*\s(?:on\w+\s*=|href=["']?(?:javascript|data|vbscript):)"""
-    r"""|<style[^<]*(?:@import|url\()|<[^>]*\sstyle=[^>]*url\("""
+    r"""|<[^>]*\s(?:on\w+\s*=|href=["']?(?:javascript|vbscript):)|<a\s[^>]*href=["']?data:"""
+    r"""|<(?:image|use)\s[^>]*href=(?!["']?(?:data:|#))|<style[^<]*(?:@import|url\()|<[^>]*\sstyle=[^>]*url\((?!#)"""
 )
-"""What a page must not have: a resource to fetch, or a script."""
+"""What a cell must not show: a resource to fetch, or a script."""
 
 TABLE = r"(?:<style[^>]*>[^<]*</style>\s*)?<table.*?</table>"
 
@@ -51,7 +49,18 @@ class Report:
             raise PageFailed(f"{stem}.ipynb shows something from outside of the page: {found[0][:80]}")
         heading, end, rest = re.sub(TABLE, with_roles, body, flags=re.DOTALL).rpartition("</h1>")
         facts, counts = self.provenance(stem)
-        return self.page(stem, "done", counts | {"inputs": inputs}, heading=heading + end, facts=facts, body=rest)
+        parts = dict(heading=heading + end, facts=facts, body=rest, links=self.links(stem))
+        return self.page(stem, "done", counts | {"inputs": inputs}, **parts)
+
+    def links(self, stem):
+        """What lies beside a page, as (words, address): its notebook, and the same page of other profiles."""
+        others = [(f"profile {p}", files.results_folder(p) / "report" / f"{stem}.html") for p in PROFILES]
+        beside = [("notebook", self.source / f"{stem}.ipynb"), *others]
+        return [(words, self.address(path)) for words, path in beside if path.exists() and path.parent != self.folder]
+
+    def address(self, path):
+        """A path as seen from the pages."""
+        return Path(os.path.relpath(path, self.folder)).as_posix()
 
     def page(self, stem, state, counts=(), error="", **parts):
         """A page, "done", "failed" or "not built", with its navigation. What the index says of it is in its head."""
@@ -106,6 +115,7 @@ class Report:
             "damaged": list(left_out.values()).count("damaged"),
             "failed": [records.failure(run)["error"] for run, state in left_out.items() if state == "failed"],
             "lacking": [name for name, runs in grids.items() if not found.keys() >= set(runs)],
+            "records": [run.key for run in found],
             "trained": sum(origin["seconds"] for origin in origins),
         }
         return facts, counts
@@ -117,21 +127,13 @@ CARD |= dict.fromkeys(("runs?", "missing?", "damaged?", "trained?"), files.is_nu
 
 
 def read_card(path):
-    """What the index says of a page: what is in its head, its first picture as a thumbnail, and its first table."""
-    from PIL import Image
-
+    """What the index says of a page: what is in its head, and its thumbnail."""
     content = path.read_text(encoding="utf-8")
     card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
     if not files.fits(card, CARD):
         raise ValueError("no card of ours")
-    if (table := re.search("<table.*?</table>", content, re.DOTALL)) and not re.search(EXTERNAL, table[0]):
-        card["table"] = table[0]
-    if picture := re.search(r'src="data:image/(?:webp|png|jpeg);base64,([^"]+)"', content):
-        image, small = Image.open(io.BytesIO(base64.b64decode(picture[1]))), io.BytesIO()
-        image.thumbnail((480, 480))
-        image.save(small, "webp", quality=80)
-        card["image"] = base64.b64encode(small.getvalue()).decode()
-    return card
+    thumbnail = re.search("<template>(.*?)</template>", content, re.DOTALL)
+    return {**card, "thumbnail": thumbnail[1] if thumbnail and not re.search(EXTERNAL, thumbnail[1]) else ""}
 
 
 @cache
@@ -143,8 +145,9 @@ def template(name):
     options = dict(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment = Environment(loader=PackageLoader("silalib.report"), **options)
     without_style = r'<span class="(?:n|nn|o|p|w)">(.*?)</span>'  # most of a page's code would be these
-    python = lambda code: re.sub(without_style, r"\1", Highlight2HTML("python")(code))
-    environment.filters |= {"python": python, "plain": strip_ansi, "duration": duration}
+    coloured = lambda code: re.sub(without_style, r"\1", Highlight2HTML("python")(code))
+    python = lambda code: coloured(code).replace("<pre>", '<pre tabindex="0">')  # it scrolls, by the keyboard too
+    environment.filters |= {"python": python, "plain": strip_ansi, "duration": duration, "themed": plots.themed}
     return environment.get_template(f"{name}.html.j2")
 
 
@@ -164,7 +167,7 @@ def markdown_converter(report):
             return mathml(body)
 
         def block_math(self, body):
-            return f'<span class="math">{mathml(body, "block")}</span>'
+            return f'<span class="math" tabindex="0">{mathml(body, "block")}</span>'
 
         def latex_environment(self, name, body):
             return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
@@ -182,7 +185,7 @@ def markdown_converter(report):
             if Path(path).stem in report.notebooks:
                 url = f"{Path(path).stem}.html{mark}{anchor}"
             elif path and not re.match(r"\w+:", path):
-                url = Path(os.path.relpath(report.source / path, report.folder)).as_posix() + mark + anchor
+                url = report.address(report.source / path) + mark + anchor
             return super().link(text, url, title)
 
     renderer = Renderer(escape=False, allow_harmful_protocols=False)
@@ -230,5 +233,6 @@ def with_roles(table):
     content, caption = table[0], re.search(r"<caption>(.*?)</caption>", table[0])
     for pattern, replacement in TABLE_ROLES:
         content = re.sub(pattern, replacement, content)
-    name = caption[1].replace('"', "&quot;") if caption else "Table"
+    content = re.sub(r"\$([^$<]+)\$", lambda found: mathml(html.unescape(found[1])), content)
+    name = caption[1].replace('"', "&quot;").replace("$", "") if caption else "Table"
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{content}</div>'
