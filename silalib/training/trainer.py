@@ -109,8 +109,6 @@ class Material:
         self.loss = partial(METHODS[run.method], betas=run.betas, **coupling)
         train = self.splits["train"]
         self.steps_per_epoch = len(train) // run.batch_size
-        if self.steps_per_epoch == 0:
-            raise UserError(f"batch size {run.batch_size} is above the {len(train)} training images")
         self.learning_rate = partial(learning_rate, run, steps_per_epoch=self.steps_per_epoch)
         self.loader = TrainingBatches(train.images, run.augment)
         self.normalise = Normalise(*data.normalisation(train)).to(device)
@@ -153,6 +151,8 @@ class Training:
         self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
         self.dtypes = [precision(net, device, speed.bf16) for net in run.nets]
         self.optimizer = self.material.optimizer(self.nets.values(), speed.fused)
+        if self.steps_per_epoch == 0:
+            raise UserError(f"batch size {run.batch_size} is above the {len(self.splits['train'])} training images")
         self.total = run.epochs * self.steps_per_epoch
         self.step, self.rows, self.seconds, self.cpu_seconds, self.parts = 0, [], 0.0, 0.0, []
         self.heads = self.ranks.heads(run)
