@@ -78,8 +78,8 @@ def compare(make_network, train_set, test_set, *, epochs, methods=("ind", "sila"
     shared["new_optimizer"] = optimizer or (lambda network: torch.optim.AdamW(network.parameters(), lr=1e-3))
     shared["new_schedule"] = schedule or warmup_and_cosine
     with generators_kept([device] if device.type == "cuda" else []), no_search():
-        for name, given in (("train", train_set), ("test", test_set)):
-            shared[name] = Samples(f"{name}_set", given, batch_size, device)
+        for name, given, size in (("train", train_set, batch_size), ("test", test_set, max(batch_size, 500))):
+            shared[name] = Samples(f"{name}_set", given, size, device)
         tasks = [Task(method=name, loss=loss, epochs=n, seed=seed, **shared)
                  for seed in seeds for name, (loss, n) in arms.items()]  # fmt: skip
         rehearse(tasks)
@@ -245,7 +245,7 @@ class Comparison:
         """A row per method: the mean over networks of every metric, and its 95% interval over seeds."""
         if self.frame.empty:
             return self.frame.copy()
-        means = self.frame.drop(columns=["network", "exit"], errors="ignore").groupby(["method", "seed"]).mean()
+        means = self.frame.drop(columns=["network", "exit", "seconds"], errors="ignore").groupby(["method", "seed"]).mean()
         text = lambda values: plus_minus(*interval(values), 2 if means[values.name].max() > 5 else 3)
         table = means.groupby("method").agg(text)
         return table.reindex([method for method in self.methods if method in table.index]).reset_index()
