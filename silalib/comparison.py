@@ -125,10 +125,11 @@ def rehearse(tasks):
             training = task.training()
             training.set_step()
             training.update(batch, train.target(batch))
-            found = task.measured(training.predict(test))
-        idle = any(all(p.grad is None for p in net.parameters()) for net in training.nets.values())
-        if idle or not all(math.isfinite(head["nll"]) for head in found):
-            raise UserError(f"{task.method!r} leaves a network without a gradient, or not finite after one step")
+            logits = training.predict(test)
+            idle = any(all(p.grad is None for p in net.parameters()) for net in training.nets.values())
+            if idle or not all(z.isfinite().all() for z in logits):
+                raise UserError(f"{task.method!r} leaves a network without a gradient, or not finite after one step")
+            task.measured(logits)
     optimizers = [optimizer for optimizer, _ in training.optimizer.pairs]
     groups = [{k: v for k, v in group.items() if k != "params"} for each in optimizers for group in each.param_groups]
     for task in tasks:
@@ -245,7 +246,8 @@ class Comparison:
         """A row per method: the mean over networks of every metric, and its 95% interval over seeds."""
         if self.frame.empty:
             return self.frame.copy()
-        means = self.frame.drop(columns=["network", "exit", "seconds"], errors="ignore").groupby(["method", "seed"]).mean()
+        frame = self.frame.drop(columns=["network", "exit", "seconds"], errors="ignore")
+        means = frame.groupby(["method", "seed"]).mean()
         text = lambda values: plus_minus(*interval(values), 2 if means[values.name].max() > 5 else 3)
         table = means.groupby("method").agg(text)
         return table.reindex([method for method in self.methods if method in table.index]).reset_index()

@@ -33,21 +33,22 @@ class Samples:
     """A data set in batches on the device, read once at the start for its labels (n,) and its checksum."""
 
     def __init__(self, name, given, size, device):
-        loader, how = (given, OF_A_LOADER) if isinstance(given, DataLoader) else (None, ())
+        loader = given if isinstance(given, DataLoader) else DataLoader([])  # whose settings are the usual ones
         with told(name):
             if isinstance(given, (tuple, list)) and [hasattr(part, "__array__") for part in given] == [True, True]:
                 x, y = map(torch.as_tensor, given)
                 given = TensorDataset(x.float() if x.is_floating_point() else x, y)
-        dataset = loader.dataset if loader else given
+        dataset = loader.dataset if loader is given else given
         sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        if not sized or isinstance(dataset, (IterableDataset, tuple)) or (loader and not loader.batch_sampler):
+        if not sized or isinstance(dataset, (IterableDataset, tuple)) or loader.batch_sampler is None:
             kinds = "a Dataset with a length, a pair of tensors (x, y), or a DataLoader that makes batches of a Dataset"
             raise UserError(f"{name} must be {kinds}, not {type(dataset).__name__}")
         if len(dataset) < 2:
             raise UserError(f"{name} has {len(dataset) or 'no'} samples: give it two or more")
         self.name, self.dataset, self.device, self.images = name, dataset, device, self
-        self.size, self.how = (loader and loader.batch_size) or size, {key: getattr(loader, key) for key in how}
-        self.collate, labels, digest = loader.collate_fn if loader else default_collate, [], hashlib.sha256()
+        self.size = loader.batch_size if loader is given and loader.batch_size else size
+        self.collate, self.how = loader.collate_fn, {key: getattr(loader, key) for key in OF_A_LOADER}
+        labels, digest = [], hashlib.sha256()
         with told(name):
             for batch in self.batches(torch.arange(len(self)), self.size):
                 labels.append(self.target(batch))
@@ -103,7 +104,8 @@ class Adapted(torch.nn.Module):
         found = getattr(found, "logits", found)
         found = tuple(found) if isinstance(found, (tuple, list)) else (found,)
         if not found or not all(torch.is_tensor(z) and z.dim() == 2 and z.shape[1] > 1 for z in found):
-            kinds = ", ".join(str(tuple(z.shape)) if torch.is_tensor(z) else type(z).__name__ for z in found)
+            kinds = [str(tuple(z.shape)) if torch.is_tensor(z) else type(z).__name__ for z in found]
+            kinds = ", ".join(dict.fromkeys(kinds))
             raise UserError(f"the network gives {kinds}: it must give logits (batch, classes), or a tuple of them")
         return found
 
