@@ -256,7 +256,7 @@ class Comparison:
         gains = [plus_minus(*pair, 2, signed=True) for pair in zip(self.verdicts["gain"], self.verdicts["half_width"])]
         shown = self.verdicts.drop(columns=["gain", "half_width"])
         shown.insert(2, "gain", gains)
-        return self.summary(), shown
+        return shown, self.summary()
 
     def __str__(self):
         return "\n\n".join([*(table.to_string(index=False) for table in self.tables()), "\n".join(self.notes)])
@@ -265,7 +265,7 @@ class Comparison:
 
     def _repr_html_(self):
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        return "".join(table.to_html(index=False) for table in self.tables()) + f"<ul>{notes}</ul>"
+        return "".join(table.to_html(index=False, border=0) for table in self.tables()) + f"<ul>{notes}</ul>"
 
     def to_markdown(self):
         cells = lambda row: f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |\n"
@@ -282,5 +282,5 @@ class Comparison:
         series = [(list(range(len(names))), part["gain"], part["half_width"], dict(fmt="o", label=f"over {base}"))
                   for base, part in self.verdicts.groupby("against")]  # fmt: skip
         plots.intervals(ax, names, series, "gain in top-1 (percentage points)")
-        ax.legend()
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(series))
         return ax

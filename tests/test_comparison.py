@@ -1,5 +1,6 @@
 """`silalib.compare`: paired methods on one's own networks and data, judged honestly, resumed, and refused in words."""
 
+import os
 import random
 import re
 import signal
@@ -547,6 +548,19 @@ def test_it_says_what_it_costs(tiny, capsys):
     assert order == [(m, s) for s in "01" for m in ("ind", "sila", "ind x2")], "breadth first over seeds"
     tiny()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_readmes_lines_print_what_it_says(tmp_path):
+    """In an empty folder, but for the digits, which another processor may round otherwise."""
+    text = (ROOT / "README.md").read_text()
+    code, printed = re.search(r"```python\n([^`]*import compare\n.*?)```.*?```text\n(.*?)```", text, re.DOTALL).groups()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    masked = lambda text: re.sub(r"[-+]?\d+(\.\d+)?|better|worse|undecided", "#", text).split()
+    assert masked(done.stdout) == masked(printed)
+    assert len([line for line in code.splitlines() if line]) == 10 and not list(tmp_path.iterdir())
 
 
 def test_it_leaves_the_global_generators(tiny):
