@@ -183,7 +183,7 @@ def train_all(tasks, place, folder, budget, progress):
                 if bar:
                     bar.finish(task, result.get("failed") or f"top-1 {numbers(row['top1'] for row in result['heads'])}")
     if stopped.is_set() or not results:
-        kept = f"they are in {folder}, call compare again to go on" if folder else "give a folder to keep them"
+        kept = f"what was begun is in {folder}, call compare again to go on" if folder else "give a folder to keep them"
         raise Stopped(f"stopped with {len(results)} of {len(tasks)} trainings finished: {kept}")
     return results
 
