@@ -451,17 +451,17 @@ def test_the_budget_gives_what_is_finished(tiny, tmp_path, monkeypatch):
 
     settings = dict(metrics={"counted": counted}, methods=("ind", "sila"), folder=tmp_path, epochs=1)
     part = tiny(**settings, budget=8)
-    assert part.to_frame()[["method", "seed"]].drop_duplicates().to_numpy().tolist() == [
-        ["ind", 0],
-        ["sila", 0],
-        ["ind", 1],
-    ]
+    done = part.to_frame()[["method", "seed"]].drop_duplicates()
+    assert done.to_numpy().tolist() == [["ind", 0], ["sila", 0], ["ind", 1]]
     assert part.verdicts["verdict"].tolist() == ["so far, 1 of 2 seeds"]
     assert part.notes[0].startswith("3 of 4 trainings") and "so far" in str(part)
-    with pytest.raises(Stopped, match="stopped with 0 of 4 trainings finished"):
-        tiny(**settings | {"folder": tmp_path / "other"}, budget=1e-9)
     whole = tiny(**settings)
     assert len(whole.to_frame()) == 8 and whole.notes[0].startswith("4 of 4 trainings")
+
+
+def test_a_budget_for_nothing_says_so(tiny):
+    with pytest.raises(Stopped, match="stopped with 0 of 2 trainings finished: give a folder"):
+        tiny(budget=1e-9)
 
 
 def test_a_second_call_knows_what_it_has(wine, tiny, tmp_path, capsys):
