@@ -580,3 +580,11 @@ def test_the_name_is_a_function():
     assert callable(silalib.compare) and "compare" in silalib.__all__
     assert Comparison.__module__ == "silalib.comparison"
     assert callable(silalib.compare)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_copy_is_paired(wine, tiny):
+    """Up to rounding: the copy's gain is that of a sample or two."""
+    methods = {"ind": "ind", "copy": lambda logits, y: independent(logits, y)}
+    found = tiny(with_dropout, methods=methods, device="cuda", epochs=5)
+    assert found.to_frame()["nll"].between(0, 2).all() and found.verdicts["gain"].abs().max() < 3
