@@ -10,6 +10,7 @@ _HOME = {
     "run": ("Run",),
     "records": ("load", "load_network"),
     "launch.ensure": ("ensure",),
+    "comparison": ("compare",),
     "errors": ("UserError",),
 }
 __all__ = sorted(name for names in _HOME.values() for name in names)

@@ -1,5 +1,7 @@
 """Errors that a user can cause: one line that says what to do, in a terminal and in a notebook, never a traceback."""
 
+from contextlib import contextmanager
+
 
 def printable(text):
     """Text of whatever origin in one line: what would move the cursor, change colours or turn the line is spelled."""
@@ -62,3 +64,14 @@ class GraphFailed(ProcessSpoilt):
 
 class Stopped(UserError):
     """Training was stopped by a signal or a budget, with everything unfinished checkpointed."""
+
+
+@contextmanager
+def told(what):
+    """Turn an error in the caller's own code into one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error

@@ -1,7 +1,10 @@
 """Randomness as a pure function of (seed, purpose, slot, epoch or step); nothing depends on a global generator."""
 
 import hashlib
+import random
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -14,3 +17,22 @@ def derive(seed, *path):
 def generator(seed, *path, device="cpu"):
     """A generator for one purpose. That of the CPU draws the same wherever its numbers go; a GPU's own draws others."""
     return torch.Generator(device).manual_seed(derive(seed, *path))
+
+
+def seed_all(seed):
+    """Seed the global generators that code which is not ours draws from: Python's, NumPy's and torch's of the CPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.random.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def generators_kept(devices=()):
+    """Leave every global generator as it was; devices: the GPUs whose are."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

@@ -72,10 +72,10 @@ class MemoryMapped:
 
 
 def in_batches(images, size, first=0, last=None):
-    """Batches of `size` of the images `first` to `last` (by default all), a tensor on the device or MemoryMapped."""
-    if isinstance(images, MemoryMapped):
-        return images.batches(torch.arange(len(images))[first:last], size)
-    return iter(images[first:last].split(size))
+    """Batches of `size` of the images `first` to `last` (by default all), of a tensor, or of what reads itself."""
+    if isinstance(images, torch.Tensor):
+        return iter(images[first:last].split(size))
+    return images.batches(torch.arange(len(images))[first:last], size)
 
 
 class TrainingBatches:

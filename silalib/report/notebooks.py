@@ -29,6 +29,7 @@ def contents(exhibits):
         found |= {"11_coupling": ("The coupling, and ensembles", ["fig7"]), "12_calibration": ("Calibration", ["fig7"])}
     if "regime" in exhibits:
         found["13_regime_choices"] = ("The regime, and the silent choices", [])
+        found["14_your_own_network"] = ("Your own network, a demonstration", [])
     for name, exhibit in exhibits.items():
         if exhibit.notebook:
             found.setdefault(exhibit.notebook, (exhibit.title, []))[1].append(name)

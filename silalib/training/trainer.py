@@ -82,8 +82,7 @@ def train(run, folder, device="auto", *, progress=lambda **message: None, ranks=
 def give_memory_back():
     """To the next run, and to other processes on this GPU."""
     gc.collect()
-    # kept for every stream that was used; not in a PyTorch for CPUs
-    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # of every stream; not in a PyTorch for CPUs
     with suppress(RuntimeError):  # after a failed capture the allocator refuses; its process trains nothing more
         torch.cuda.empty_cache()
 
@@ -100,13 +99,17 @@ def check_usable(device):
 
 
 class Material:
-    """What a run brings to the loop: networks, splits, the batches of an epoch, and how images enter a network.
+    """What a run brings to the loop: networks, splits, batches, how images enter a network, loss, optimizer, schedule.
     splits: {"train", "test", "holdout"} -> data.Split on the device, by default those of the run's data set."""
 
     def __init__(self, run, device, splits=None):
         self.run, self.device, self.network = run, device, partial(build, run)
         self.splits, self.checksum = (splits, None) if splits else data.splits(run, device)
+        coupling = {"coupling": run.coupling} if "sila" in run.method else {}
+        self.loss = partial(METHODS[run.method], betas=run.betas, **coupling)
         train = self.splits["train"]
+        self.steps_per_epoch = len(train) // run.batch_size
+        self.learning_rate = partial(learning_rate, run, steps_per_epoch=self.steps_per_epoch)
         self.loader = TrainingBatches(train.images, run.augment)
         self.normalise = Normalise(*data.normalisation(train)).to(device)
         height, width = self.splits["test"].images.shape[1:3]
@@ -122,9 +125,17 @@ class Material:
             index, offset, flip, *choices = (part[i * size : (i + 1) * size] for part in plan)
             yield self.loader.crop_flip(index, offset, flip), labels[index], *choices
 
-    def inputs(self, images):
+    def inputs(self, images, channels_last=True):
         """What networks take, for uint8 images (B, H, W, C)."""
-        return self.normalise(images.permute(0, 3, 1, 2))
+        x = self.normalise(images.permute(0, 3, 1, 2))
+        return x if channels_last else x.contiguous()
+
+    def optimizer(self, nets, fused):
+        """One SGD for all networks. On a GPU its learning rate is a tensor, which a captured graph reads."""
+        run, parameters = self.run, chain(*(net.parameters() for net in nets))
+        lr = run.lr if self.device.type == "cpu" else torch.tensor(run.lr, device=self.device)
+        momentum = {"momentum": run.momentum, "nesterov": run.nesterov and run.momentum > 0}
+        return torch.optim.SGD(parameters, lr, **momentum, weight_decay=run.weight_decay, fused=fused)
 
 
 class Training:
@@ -133,23 +144,15 @@ class Training:
     def __init__(self, run, device, speed, ranks=None, progress=lambda **message: None, material=None):
         self.run, self.device, self.speed, self.progress = run, device, speed, progress
         self.ranks, self.material = ranks or Ranks(), material or Material(run, device)
-        self.splits = self.material.splits
+        self.splits, self.steps_per_epoch = self.material.splits, self.material.steps_per_epoch
         layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         slots = self.ranks.slots(run)
         self.nets = {s: self.material.network(s).to(device, memory_format=layout) for s in slots}
         self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
         self.dtypes = [precision(net, device, speed.bf16) for net in run.nets]
-        self.loss = partial(METHODS[run.method], betas=run.betas)
-        if "sila" in run.method:
-            self.loss.keywords["coupling"] = run.coupling
-        parameters = chain(*(net.parameters() for net in self.nets.values()))
-        lr = run.lr if device.type == "cpu" else torch.tensor(run.lr, device=device)
-        momentum = {"momentum": run.momentum, "nesterov": run.nesterov and run.momentum > 0}
-        self.optimizer = torch.optim.SGD(parameters, lr, **momentum, weight_decay=run.weight_decay, fused=speed.fused)
-        images = len(self.splits["train"])
-        self.steps_per_epoch = images // run.batch_size
+        self.optimizer = self.material.optimizer(self.nets.values(), speed.fused)
         if self.steps_per_epoch == 0:
-            raise UserError(f"batch size {run.batch_size} is above the {images} training images")
+            raise UserError(f"batch size {run.batch_size} is above the {len(self.splits['train'])} training images")
         self.total = run.epochs * self.steps_per_epoch
         self.step, self.rows, self.seconds, self.cpu_seconds, self.parts = 0, [], 0.0, 0.0, []
         self.heads = self.ranks.heads(run)
@@ -179,9 +182,9 @@ class Training:
 
     def set_step(self):
         """What depends on the number of the step; `update` is the same work in every step."""
-        lr = learning_rate(self.run, self.step, self.steps_per_epoch)
-        (group,) = self.optimizer.param_groups
-        group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+        self.lr = self.material.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(self.lr) if torch.is_tensor(group["lr"]) else self.lr
         if self.device.type == "cuda" and any(self.dropout.values()):
             # one seed a step: a captured graph takes it when it is replayed, and Net1's masks are drawn first
             part = [self.ranks.rank] if self.ranks.rank else []
@@ -194,15 +197,14 @@ class Training:
         for z in logits:
             z.retain_grad()
         logits = self.ranks.all_heads(logits, self.run.method)
-        self.loss(logits, target).backward()
+        self.material.loss(logits, target).backward()
         self.optimizer.step()
-        self.sums += metrics.statistics([z.detach() for z in logits], [z.grad for z in logits], target)
+        means = metrics.statistics([z.detach() for z in logits], [z.grad for z in logits], target)
+        self.sums += means * (len(target) / self.run.batch_size)  # the last batch of an epoch may be smaller
 
     def forward(self, images, training=False, slots=None):
         """float32 logits (B, N) of every head here for uint8 images (B, H, W, C); of the slots asked for, or all."""
-        x = self.material.inputs(images)
-        if not self.speed.channels_last:
-            x = x.contiguous()
+        x = self.material.inputs(images, self.speed.channels_last)
         logits = []
         for slot in slots or self.nets:
             net = self.nets[slot].train(training)
@@ -215,15 +217,16 @@ class Training:
 
     def end_of_epoch(self, epoch):
         """Evaluate on the test images and add a row for each head to the history. Raises Diverged."""
-        means = (self.sums / self.steps_per_epoch).tolist()  # here the host waits for the device
+        batches = min(self.steps_per_epoch, len(self.splits["train"]) / self.run.batch_size)
+        means = (self.sums / batches).tolist()  # here the host waits for the device
         self.sums.zero_()
-        began, lr = time.monotonic(), learning_rate(self.run, self.step - 1, self.steps_per_epoch)
+        began = time.monotonic()
         self.at_test = self.predict(self.splits["test"].images)
         test = metrics.summaries(self.at_test, self.splits["test"].labels)
         norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
         seconds = round(began - self.epoch_began, 4), round(time.monotonic() - began, 4)
         rows = [
-            {"epoch": epoch + 1, "head": head, "lr": lr}
+            {"epoch": epoch + 1, "head": head, "lr": self.lr}
             | dict(zip(metrics.STATISTICS, values))
             | {f"test_{k}": v for k, v in at_test.items()}
             | {"weight_norm": norm, "seconds_train": seconds[0], "seconds_test": seconds[1]}
@@ -232,7 +235,7 @@ class Training:
         rows = list(chain(*self.ranks.gather(rows)))
         self.rows += rows
         if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in rows):
-            raise Diverged(self.run, epoch + 1, self.step, lr)
+            raise Diverged(self.run, epoch + 1, self.step, self.lr)
         self.report(top1=[round(row["test_top1"], 2) for row in rows])
 
     @torch.no_grad()
