@@ -3,7 +3,7 @@
 set -euo pipefail
 CDPATH= cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 . ./environment.sh
-find_python lab,dev papermill pytest ruff
+find_python lab,dev papermill pytest ruff xdist
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n auto --dist loadfile "$@"

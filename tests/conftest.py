@@ -65,12 +65,14 @@ def counts():
     return COUNTS
 
 
-def pytest_collection_finish(session):
-    """What takes long in a process of its own begins now, beside the other tests."""
-    modules = {item.module for item in session.items}
-    for module in modules if not session.config.option.collectonly else ():
-        if hasattr(module, "begin"):
-            module.begin()
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the first one prints for all
+        session.config.workeroutput["counts"] = dict(COUNTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    COUNTS.update(getattr(node, "workeroutput", {}).get("counts", {}))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -7,9 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from concurrent.futures import Future
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,27 +45,11 @@ def compile_and_train(folder):
     return dict(map(json.loads, done.stdout.splitlines()))
 
 
-@cache
-def begin():
-    """Train on another core while other tests run; called as soon as it is known that this will be asked for."""
-    future = Future()
-
-    def work():
-        try:
-            future.set_result(train_all())
-        except Exception as error:
-            future.set_exception(error)
-
-    if not missing():
-        threading.Thread(target=work, daemon=True).start()  # nobody waits for it if the tests end before
-    return future
-
-
 @pytest.fixture(scope="module")
 def errors():
     if reason := missing():
         pytest.skip(reason)
-    return begin().result()
+    return train_all()
 
 
 @pytest.mark.parametrize("case", CASES)
