@@ -2,6 +2,7 @@
 records of every profile but quick, whose data are a stand-in; `paper` comes before `small`, and no number mixes them.
 """
 
+import io
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -184,6 +185,17 @@ def in_lines(answer):
     rows = table(answer).itertuples(index=False)
     told = [f"{heading} {text.replace('`', '')}" for heading, text in paragraphs(answer).items()]
     return told[:2] + [f"  {question} {ours}: {verdict}" for question, _, ours, verdict in rows] + told[2:]
+
+
+def picture(answer):
+    """`figure` as SVG that follows the reader's theme."""
+    plots.use_style()
+    fig, buffer = figure(answer), io.BytesIO()
+    fig.savefig(buffer, format="svg", metadata=plots.UNDATED["svg"], bbox_inches="tight", transparent=True)
+    told = "; ".join(
+        f"{question} {ours}: {verdict}" for question, _, ours, verdict in table(answer).itertuples(index=False)
+    )
+    return plots.themed(buffer.getvalue().decode(), "answer", told)
 
 
 def figure(answer):

@@ -15,14 +15,14 @@ LABELS = ("done", "running", "started", "pending", "failed", "damaged")
 
 
 def recall():
-    """{"lines", "markdown"} from results/answer.json while the records are those that it was made of; else made
-    anew, and kept there. A results folder without such records has the answer that came with the code."""
+    """{"lines", "markdown", "picture" (SVG)} from results/answer.json while the records are those that it was
+    made of; else made anew, and kept there. A results folder without such records has the answer that came with the code."""
     folder = own = results_folder("*").parent
     if not any(folder.glob(f"{profile}/runs/*/result.json") for profile in PROFILES[1:]):
         folder = ROOT / "results"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads((folder / "answer.json").read_bytes())
-        texts = [*kept["lines"], kept["markdown"], kept["key"]]
+        texts = [*kept["lines"], kept["markdown"], kept["picture"], kept["key"]]
         if all(isinstance(text, str) for text in texts) and (folder != own or kept["key"] == key()):
             return kept
     from . import answer  # which imports what takes a second
@@ -37,7 +37,8 @@ def keep(whole):
     """What results/answer.json holds of an `answer.Answer`."""
     from . import answer
 
-    return {"key": key(), "lines": answer.in_lines(whole), "markdown": answer.in_markdown(whole)}
+    told = {"lines": answer.in_lines(whole), "markdown": answer.in_markdown(whole), "picture": answer.picture(whole)}
+    return {"key": key(), **told}
 
 
 def key():

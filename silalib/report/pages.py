@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import files, records
 from ..analysis import claims, plots, tables
+from ..analysis.status import recall
 from ..data import dataset
 from ..experiments import EXHIBITS, PROFILES, check_profile
 from ..launch.ensure import ensure
@@ -82,8 +83,13 @@ class Report:
                 files.write_atomically(path, self.page(stem, "not built").encode())
                 card = read_card(path)
             cards.append({"stem": stem, "title": title, **card})
-        score, scale = claims.score(claims.judge(self.profile, self.seeds)), tables.scale(self.profile)
-        index = template("index").render(report=self, cards=cards, score=score, scale=scale)
+        judged = {claim.name: claim for claim in claims.judge(self.profile, self.seeds)}
+        results = {stem: result(judged[name], part) for stem, (name, part) in RESULTS.items()}
+        kept, words = recall(), dict(score=claims.score(judged.values()), scale=tables.scale(self.profile))
+        answer = markdown_converter(self)(kept["markdown"], foreign=True)
+        answer = re.sub(TABLE, with_roles, answer, flags=re.DOTALL)
+        whole = dict(answer=answer, picture=kept["picture"], cards=cards, results=results)
+        index = template("index").render(report=self, **whole, **words)
         files.write_atomically(self.folder / "index.html", index.encode())
 
     def provenance(self, stem):
@@ -124,6 +130,21 @@ class Report:
 CARD = {"state": lambda value: value in ("done", "failed", "not built"), ...: lambda value: True}
 CARD |= dict.fromkeys(("runs?", "missing?", "damaged?", "trained?"), files.is_number)
 """The form of what a page's head says of it."""
+
+
+RESULTS = {
+    "00_siamese_labels": ("8", ""), "01_table1_cifar100": ("1", "Table 1"), "02_table2_imagenet100": ("1", "Table 2"),
+    "03_table3_autoaugment": ("3", ""), "04_fig3_training_curves": ("4", ""), "06_fig5_anytime": ("5", "Figure 5"),
+    "05_fig4_budgeted_batch": ("5", "Figure 4"), "07_fig6_mnist_features": ("6", ""), "08_fig7_robustness": ("7", ""),
+    "10_equal_compute": ("A", ""), "12_calibration": ("B", ""),
+}  # fmt: skip
+"""Notebook -> the claim, and the part of its effects, whose result stands on its card."""
+
+
+def result(claim, part):
+    """A card's words: the first effect's number and verdict, "+0.61 ± 0.60 points: reproduced"."""
+    effect = next((effect for effect in claim.primary if part in effect.name), None)
+    return f"{effect}: {effect.verdict}" if effect and str(effect) else effect.verdict if effect else claim.verdict
 
 
 def read_card(path):

@@ -4,7 +4,6 @@ README.md between its marks, docs/images/answer.svg and results/answer.json have
 every verdict, what was trained, and the main figures and tables beside the records. A test makes all of it again.
 """
 
-import io
 import re
 import sys
 
@@ -75,15 +74,12 @@ def render(found, root=ROOT):
     before = (root / "README.md").read_text(encoding="utf-8")
     if not MARKED.search(before):
         raise UserError("README.md has no place between <!-- measured --> and <!-- end -->")
-    plots.use_style()
-    answer.figure(whole).savefig(
-        buffer := io.BytesIO(), format="svg", metadata=plots.UNDATED["svg"], bbox_inches="tight"
-    )
+    kept = status.keep(whole)
     return {
         "README.md": MARKED.sub(lambda _: f"\n{answer.in_markdown(whole, PICTURE)}\n", before).encode(),
         "results/README.md": ("\n".join(parts) + "\n").encode(),
-        "results/answer.json": to_json(status.keep(whole)),
-        PICTURE: buffer.getvalue(),
+        "results/answer.json": to_json(kept),
+        PICTURE: kept["picture"].encode(),
     }
 
 
