@@ -15,8 +15,8 @@ LABELS = ("done", "running", "started", "pending", "failed", "damaged")
 
 
 def recall():
-    """{"lines", "markdown", "picture" (SVG)} from results/answer.json while the records are those that it was
-    made of; else made anew, and kept there. A results folder without such records has the answer that came with the code."""
+    """{"lines", "markdown", "picture" (SVG)} from results/answer.json while the records are those that it was made of;
+    else made anew, and kept there. A results folder without such records has the answer that came with the code."""
     folder = own = results_folder("*").parent
     if not any(folder.glob(f"{profile}/runs/*/result.json") for profile in PROFILES[1:]):
         folder = ROOT / "results"
