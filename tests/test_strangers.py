@@ -25,8 +25,12 @@ from silalib.training import trainer
 
 
 def content(folder):
-    """Path -> (what it is, its bytes) of everything in a folder."""
-    return {path: (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")}
+    """Path -> (what it is, how large, its bytes where they are few) of everything in a folder."""
+    found = {path: path.lstat() for path in folder.rglob("*")}
+    read = lambda path, stat: (
+        path.read_bytes() if path.is_file() and not path.is_symlink() and stat.st_size < 10**8 else 0
+    )
+    return {path: (stat.st_mode, stat.st_size, read(path, stat)) for path, stat in found.items()}
 
 
 @pytest.fixture
