@@ -1,8 +1,13 @@
-"""The report in a real browser, headless: nothing is fetched, nothing overflows a phone, the keyboard is enough."""
+"""The report in a real browser, headless: the verdict is on the first screen, nothing is fetched, nothing overflows a
+phone, the keyboard is enough, axe-core finds nothing.
+"""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +65,13 @@ def new_pages(tmp_path_factory):
         fig, ax = plt.subplots(figsize=(12, 4))
         ax.plot([1, 2, 3])
         plots.show(fig, "wide", "small", alt="A rising line")
+        fig, axes = plt.subplots(1, 2, figsize=(11, 4))
+        for ax in axes:
+            ax.plot([1, 2, 3])
+        plots.show(fig, "panels", "small", alt="Two rising lines")
+        rows = [["0.5", "70.1", "100.0"], ["1.0", "71.2", "50.0"], ["2.0", "72.3", "0.0"]]
+        budgets = pd.DataFrame(rows, columns=["cost", "SiLa", "exit 1 (%)"])
+        plots.show_table(budgets, "fig4_budget", "small", "Budgets")
         wide = pd.DataFrame({f"a header of several words {i}": [f"{i}.{i} ± 0.1"] * 3 for i in range(12)})
         plots.show_table(wide, "wide", "small", "A wide table")
         rendered = [DisplayFormatter().format(item) for item in shown]
@@ -114,9 +126,109 @@ def test_every_new_page_fetches_nothing_and_fits_a_phone(browser, new_pages):
 def test_what_is_wide_scrolls_in_its_own_box(browser, new_pages):
     visit(browser, new_pages / "00_siamese_labels.html", PHONE)
     box = "const e = document.querySelector(arguments[0]); return [e.scrollWidth > e.clientWidth, e.clientWidth]"
-    for part in (".scroll", "figure", ".math"):
+    for part in (".scroll:has(#T_wide)", ".math"):
         scrolls, width = browser.execute_script(box, part)
         assert scrolls and width <= PHONE[0], part
+
+
+WINDOWS = """
+const rect = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
+const shown = [...document.querySelectorAll("figure svg")].map(rect).filter(([l, t, r, b]) => r > l + 1 && b > t + 1);
+return shown;
+"""
+
+
+def test_figures_fit_a_phone_and_their_panels_stack(browser, new_pages):
+    """One panel is one drawing; two are one drawing on a desk, and two windows on it, one below the other, here."""
+    visit(browser, new_pages / "00_siamese_labels.html", PHONE)
+    whole, first, second = browser.execute_script(WINDOWS)
+    assert all(left >= 0 and right <= PHONE[0] for left, _, right, _ in (whole, first, second))
+    assert second[1] >= first[3] and first[2] - first[0] > 0.7 * PHONE[0]
+    visit(browser, new_pages / "00_siamese_labels.html")
+    assert len(browser.execute_script(WINDOWS)) == 2
+
+
+def test_the_first_column_of_a_table_sticks(browser, new_pages):
+    visit(browser, new_pages / "00_siamese_labels.html", PHONE)
+    place = "const c = document.querySelector('#T_wide tbody th').getBoundingClientRect(); return [c.left, c.right]"
+    scroll = "document.querySelector('.scroll:has(#T_wide)').scrollLeft = 400"
+    before = browser.execute_script(place)
+    browser.execute_script(scroll)
+    assert browser.execute_script(place) == before and before[0] >= 0
+
+
+def test_the_slider_shows_a_row_of_the_table_of_budgets(browser, new_pages):
+    """It begins in the middle, and the arrow keys move it; the table stays below."""
+    from selenium.webdriver.common.keys import Keys
+
+    visit(browser, new_pages / "00_siamese_labels.html", PHONE)
+    slider = browser.find_element("id", "budget")
+    shown = "return [...document.querySelectorAll('.budget dt, .budget dd:not(.bar)')].map(e => e.textContent)"
+    assert browser.execute_script(shown) == ["cost", "1.0", "SiLa", "71.2", "exit 1 (%)", "50.0"]
+    slider.send_keys(Keys.ARROW_RIGHT)
+    assert browser.execute_script(shown)[1::2] == ["2.0", "72.3", "0.0"]
+    assert slider.get_attribute("aria-valuetext") == "cost 2.0, SiLa 72.3, exit 1 (%) 0.0"
+    assert browser.find_element("id", "T_fig4_budget").is_displayed()
+
+
+AXE = """
+const done = arguments[0];
+for (const details of document.querySelectorAll("details")) details.open = true;
+axe.run().then((r) => done(r.violations.map((v) => `${v.id}: ${v.nodes.map((n) => n.html.slice(0, 100))}`)));
+"""
+
+
+@pytest.fixture(scope="module")
+def axe():
+    """The source of axe-core, as the package axe-core-python brings it."""
+    found = importlib.util.find_spec("axe_core_python")
+    if not found:
+        pytest.skip("no axe-core: pip install -e '.[dev]'")
+    return (Path(found.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8")
+
+
+def findings(browser, axe, page):
+    found = []
+    for size in (PHONE, DESK):
+        for scheme in ("light", "dark"):
+            visit(browser, page, size, prefers_color_scheme=scheme)
+            browser.execute_script(axe)
+            found += browser.execute_async_script(AXE)
+    return found
+
+
+def test_axe_finds_nothing_on_new_pages(browser, new_pages, axe):
+    for page in ("00_siamese_labels.html", "01_table1_cifar100.html", "index.html"):
+        assert findings(browser, axe, new_pages / page) == []
+
+
+FIRST_SCREEN = """
+const height = arguments[0];
+const bold = [...document.querySelectorAll("main > p:not(.beside) > strong")].map((e) => e.parentElement);
+return bold.filter((e) => e.getBoundingClientRect().bottom <= height).map((e) => e.textContent);
+"""
+WITHOUT_NUMBER = """
+return [...document.querySelectorAll(".scroll")].filter((box) => {
+  const right = box.getBoundingClientRect().right;
+  const seen = [...box.querySelectorAll("tbody > tr > *")].filter((c) => c.getBoundingClientRect().right <= right);
+  return !seen.some((cell) => /\\d|not run/.test(cell.textContent));
+}).map((box) => box.getAttribute("aria-label"));
+"""
+VERDICT = "reproduced|negligible|contradicted|undecided|so far|no verdict|[Nn]ot judged|judges nothing|not run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.parent.name)
+def test_every_committed_page_answers_on_its_first_screen(browser, axe, folder):
+    """The verdict, with a number where there are records; no table without one; and axe-core finds nothing."""
+    for page in sorted(folder.glob("[0-9]*.html")):
+        for size in (PHONE, DESK):
+            visit(browser, page, size)
+            shown = " ".join(browser.execute_script(FIRST_SCREEN, size[1]))
+            assert re.search(VERDICT, shown) and (re.search(r"\d", shown) or "not run" in shown), page
+            assert browser.execute_script(WITHOUT_NUMBER) == [], page
+    for page in sorted(folder.glob("*.html")):
+        assert findings(browser, axe, page) == [], page
 
 
 def test_the_keyboard_is_enough(browser, new_pages):
@@ -181,5 +293,5 @@ def test_print_leaves_out_navigation_and_code(browser, new_pages):
     seen = "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).length"
     for part in ("nav", ".skip", "details", ".anchor"):
         assert browser.execute_script(seen, part) == 0, part
-    assert browser.execute_script(seen, "h1, table, figure img") == 3
+    assert browser.execute_script(seen, "h1, table, figure > svg") == 5
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

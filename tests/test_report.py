@@ -325,7 +325,7 @@ def test_a_figure_is_the_svg_that_was_saved(results, exhibits, page, monkeypatch
     assert not elements.open and not elements.all("img")
     saved = (results / "quick" / "figures" / "waves.svg").read_text()
     assert content.count(saved) == 1
-    assert [svg["aria-label"] for svg in elements.all("svg") if "role" in svg] == ["Waves"]
+    assert [svg["aria-label"] for svg in elements.all("svg") if "role" in svg] == ["Waves", ""]  # and the thumbnail's
     windows = [use["href"] for use in elements.all("use") if "href" in use]
     assert (
         windows == ["#figure-waves"] * 2 and content.count('id="figure-waves"') == 1 and "<p>Two lines</p>" in content

@@ -183,8 +183,9 @@ def themed(svg, name, alt):
     On a dark ground a grey is turned, and any other colour is lighter.
     """
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub('<g(?: id="figure_1")?>', f'<g id="figure-{name}">', svg, count=1)
-    svg = re.sub(r' id="[a-zA-Z.]+(?:2d)?_\d+"', "", svg)  # nothing refers to them, and a page has several figures
+    svg = re.sub(r' id="[a-zA-Z.]+(?:2d)?_\d+"', "", svg)  # nothing refers to them
+    svg = re.sub(r'( id="|href="#|url\(#)(?:DejaVuSans-)?', rf"\1{name}-", svg)  # a page has several figures
+    svg = svg.replace("<g>", f'<g id="figure-{name}">', 1)
     svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
     rules = "svg{fill:#e3e5e8}"  # of text in black, which has no style
     for kind, colour in sorted(set(re.findall(r"(fill|stroke): (#\w{6})", svg))):

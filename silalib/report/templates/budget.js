@@ -1,4 +1,4 @@
-// A slider over the rows of Figure 4's table of budgets. Without this script the table stands as it is.
+// A slider over the rows of Figure 4's table of budgets, which stands below it, and alone without this script.
 (() => {
   const table = document.getElementById("T_fig4_budget");
   if (!table) return;
@@ -39,9 +39,5 @@
   slider.addEventListener("input", show);
   show();
 
-  const scroll = table.closest(".scroll");
-  const all = document.createElement("details");
-  add(all, "summary", "All budgets");
-  scroll.before(box, all);
-  all.append(scroll);
+  table.closest(".scroll").before(box);
 })();
