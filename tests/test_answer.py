@@ -69,9 +69,9 @@ def test_paper_comes_before_small_and_a_verdict_before_none():
 def test_the_terminal_and_the_page_say_the_same():
     found = whole(paper=("6", GAINS["reproduced"]))
     lines, text = answer.in_lines(found), answer.in_markdown(found)
-    for _, _, ours, verdict in answer.table(found).itertuples(index=False):
-        assert any(ours in line and verdict in line for line in lines)
-        assert f"| {ours} | {verdict} |" in text
+    for question, ours, verdict, *_ in answer.table(found).itertuples(index=False):
+        assert any(line.startswith(f"  {question} {ours}") and (verdict in line or verdict == "-") for line in lines)
+        assert f"| {question} | {ours} | {verdict} |" in text
     assert not any("*" in line or "`" in line for line in lines)
 
 

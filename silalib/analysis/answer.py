@@ -97,14 +97,14 @@ def best(sides, known, nothing):
 
 
 def table(answer):
-    """The questions as a data frame to look at: question, the paper, ours, verdict."""
+    """The questions as a data frame to look at: question, ours, verdict, the paper, and what ours rests on."""
     rows = []
     for question, profile, effect in answer.rows:
         paper = "-" if np.isnan(effect.paper) else f"{effect.paper:+.{effect.digits}f}"
-        where = effect.name.partition("(")[2].rstrip(")")
-        ours = f"{effect}{seeds([effect.seeds], ', ')} ({where}; {profile})" if profile else "not run"
-        rows.append([question, paper, ours, effect.said])
-    return pd.DataFrame(rows, columns=["question", "the paper", "ours", "verdict"])
+        where = f"{effect.name.partition('(')[2].rstrip(')')}{seeds([effect.seeds], '; ')}; profile {profile}"
+        shown = [f"{effect}", effect.said, paper, where] if profile else ["not run", "-", "-", "-"]
+        rows.append([question, *shown])
+    return pd.DataFrame(rows, columns=["question", "ours", "verdict", "the paper", "measured on"])
 
 
 def paragraphs(answer):
@@ -182,9 +182,14 @@ def in_markdown(answer, picture=""):
 
 def in_lines(answer):
     """The answer for a terminal."""
-    rows = table(answer).itertuples(index=False)
     told = [f"{heading} {text.replace('`', '')}" for heading, text in paragraphs(answer).items()]
-    return told[:2] + [f"  {question} {ours}: {verdict}" for question, _, ours, verdict in rows] + told[2:]
+    return told[:2] + [f"  {line}" for line in in_rows(answer)] + told[2:]
+
+
+def in_rows(answer):
+    """A line for each question."""
+    for question, ours, verdict, _, where in table(answer).itertuples(index=False):
+        yield f"{question} {ours}" + f": {verdict} ({where})" * (where != "-")
 
 
 def picture(answer):
@@ -192,10 +197,7 @@ def picture(answer):
     plots.use_style()
     fig, buffer = figure(answer), io.BytesIO()
     fig.savefig(buffer, format="svg", metadata=plots.UNDATED["svg"], bbox_inches="tight", transparent=True)
-    told = "; ".join(
-        f"{question} {ours}: {verdict}" for question, _, ours, verdict in table(answer).itertuples(index=False)
-    )
-    return plots.themed(buffer.getvalue().decode(), "answer", told)
+    return plots.themed(buffer.getvalue().decode(), "answer", "; ".join(in_rows(answer)))
 
 
 def figure(answer):
