@@ -14,8 +14,12 @@ import pandas as pd
 
 from .errors import CorruptFile, NoRoom, UserError
 
-_checkout = Path(__file__).resolve().parent.parent
-ROOT = _checkout if (_checkout / "pyproject.toml").exists() else Path.cwd()
+PACKAGE = Path(__file__).resolve().parent
+_in_checkout = (PACKAGE.parent / "pyproject.toml").exists()
+ROOT = PACKAGE.parent if _in_checkout else Path.cwd()
+NOTEBOOKS = (ROOT if _in_checkout else PACKAGE) / "notebooks"
+EVIDENCE = PACKAGE / "evidence"
+"""What a wheel brings of results/: records without what is measured on each image. A checkout has the folder itself."""
 
 
 def results_folder(profile):

@@ -66,7 +66,8 @@ class Record:
 
     def has(self, name):
         """Whether a file must be here, or is: weights may be absent, and test.npz of runs not measured under noise."""
-        optional = ("weights.safetensors", *([] if self.run.noise_images else ["test.npz"]))
+        optional = {"weights.safetensors"} | (set() if self.run.noise_images else {"test.npz"})
+        optional |= {"test.npz", "features.npz"} if files.EVIDENCE in self.path.parents else set()
         return name not in optional or (self.path / name).exists()
 
     def _table(self, name):
@@ -204,7 +205,7 @@ def remove_leftovers(folder):
 def folders(run, profile=None):
     """Where a run may have left something: its folders in the profiles, in this one first. A link is none of them."""
     names = sorted(PROFILES, key=lambda name: name != profile)
-    found = [results_folder(name) / "runs" / run.key for name in names]
+    found = [root / "runs" / run.key for name in names for root in (results_folder(name), files.EVIDENCE / name)]
     return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]
 
 

@@ -59,7 +59,7 @@ def test_the_notebooks_are_short():
 
 
 def test_schematics_need_nothing_from_elsewhere():
-    found = sorted((ROOT / "docs" / "images").glob("fig*.svg"))
+    found = sorted((ROOT / "notebooks").glob("*.svg"))
     assert [path.name for path in found] == ["fig1_two_networks.svg", "fig2_early_exits.svg"]
     shown = "\n".join(code_of(NOTEBOOKS[0]))
     for path in found:

@@ -8,7 +8,7 @@ from itertools import chain
 from .. import __version__, data
 from ..errors import UserError
 from ..experiments import PROFILES, tiers
-from ..files import ROOT, results_folder, sha256, to_json, write_atomically
+from ..files import EVIDENCE, ROOT, results_folder, sha256, to_json, write_atomically
 from ..records import damage, failure, find, load, state
 
 LABELS = ("done", "running", "started", "pending", "failed", "damaged")
@@ -19,7 +19,7 @@ def recall():
     else made anew, and kept there. A results folder without such records has the answer that came with the code."""
     folder = own = results_folder("*").parent
     if not any(folder.glob(f"{profile}/runs/*/result.json") for profile in PROFILES[1:]):
-        folder = ROOT / "results"
+        folder = EVIDENCE if EVIDENCE.exists() else ROOT / "results"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads((folder / "answer.json").read_bytes())
         texts = [*kept["lines"], kept["markdown"], kept["picture"], kept["key"]]
@@ -54,7 +54,8 @@ def key():
 def summary():
     """The lines for all profiles: the answer, and how many records each has."""
     yield from recall()["lines"]
-    yield f"Records in {results_folder('*').parent}:"
+    also = f", and what came with the package in {EVIDENCE}" if EVIDENCE.exists() else ""
+    yield f"Records in {results_folder('*').parent}{also}:"
     for profile in PROFILES:
         runs = tiers(profile)
         yield f"  {profile:6} {sum(find(run) is not None for run in runs)} of {len(runs)} runs"

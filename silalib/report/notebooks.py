@@ -10,11 +10,11 @@ from contextlib import nullcontext, suppress
 
 from ..data import data_folder
 from ..errors import NoRoom, Stopped, UserError, printable
-from ..files import ROOT, results_folder
+from ..files import NOTEBOOKS, PACKAGE, ROOT, results_folder
 from ..launch import processes
 from ..launch.progress import duration
 
-FOLDER = ROOT / "notebooks"
+FOLDER = NOTEBOOKS
 
 AT_ONCE = 2  # notebooks
 
@@ -88,7 +88,10 @@ def kernel_environment(private):
     private: an empty folder in the place of their settings. Folders are absolute, as a kernel starts in the project's.
     """
     foreign = ("PYTHON", "IPYTHON", "JUPYTER", "MPL", "MATPLOTLIB")
-    search = [str(ROOT), *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
+    search = [
+        str(PACKAGE.parent),
+        *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
+    ]
     found = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     found |= dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), private)
     found |= {"SILALIB_RESULTS": str(results_folder("").absolute()), "SILALIB_DATA": str(data_folder().absolute())}
