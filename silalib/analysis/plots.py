@@ -154,6 +154,16 @@ def in_format(fig, kind):
     return buffer.getvalue()
 
 
+def having(records, name):
+    """The records that have a file, and a line on those that have not: a wheel leaves out what is large."""
+    from IPython.display import Markdown, display
+
+    kept = {run: record for run, record in records.items() if record.has(name)}
+    if lacking := len(records) - len(kept):
+        display(Markdown(f"**Not shown** of {lacking} runs: {name} of their records is not here. A checkout has it."))
+    return kept
+
+
 def anything_drawn(fig):
     """Whether any axes of a figure have data. Those without become the words 'not run'."""
     empty = [ax for ax in fig.axes if not np.isfinite(ax.dataLim.get_points()).all()]
