@@ -117,6 +117,19 @@ def train(options):
     print(f"{done} of {len(runs)} runs are trained, {left} not run" if left else f"{done} runs are trained")
 
 
+def training_time(pending, options):
+    """About how long the runs take here, in words; those on data that must be one's own and are not here left out."""
+    from . import data
+    from .launch.ensure import share
+    from .launch.estimate import seconds_left
+    from .launch.progress import duration
+    from .training.execution import pick_device
+
+    here = [run for run in pending if not data.dataset(run.dataset).prepared or data.is_available(run.dataset)]
+    workers, _ = share(pick_device(options.device), options.workers, max(1, len(here)))
+    return duration(sum(seconds_left(here, {}).values()) / workers)
+
+
 def report(options):
     from .analysis.status import recall
     from .experiments import EXHIBITS
@@ -132,6 +145,8 @@ def report(options):
     todo = f"{len(pending)} of {len(runs)} runs to train, " if pending and not options.no_train else ""
     print(f"profile {options.profile}: {todo}{len(names)} pages in {made.folder / 'index.html'}", flush=True)
     made.write_index()
+    if todo and options.backend == "local":
+        print(f"about {training_time(pending, options)} of training; pages appear as their runs end", flush=True)
     try:
         if not options.no_train:
             with build.beside_training(made, names if pending else []):
