@@ -11,6 +11,7 @@ from contextlib import closing, nullcontext, suppress
 from html import escape
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 
 import pandas as pd
@@ -18,7 +19,8 @@ import torch
 from torch.nn.modules.dropout import _DropoutNd
 
 from . import files, records
-from .analysis.statistics import Pair, decide, interval, paired, plus_minus
+from .analysis.statistics import interval, plus_minus
+from .analysis.verdict import Effect, decide
 from .errors import CorruptFile, Stopped, UserError, told
 from .launch.own import Samples, Task, described
 from .launch.processes import interruptible
@@ -216,13 +218,15 @@ class Comparison:
 
     def judged(self, method, base):
         """A row of verdicts. A gain without spread over seeds has none; what is equal in every seed is undecided."""
-        pairs, failed = [], []
+        gains, lost = {}, {}
         for rank, seed in enumerate(self.seeds):
             both = [self.results.get((name, seed), {}) for name in (method, base)]
-            failed += [result["failed"] for result in both if "failed" in result]
-            heads = zip(*(result.get("heads", []) for result in both))
-            pairs += [Pair(head, rank, own["top1"] - other["top1"]) for head, (own, other) in enumerate(heads)]
-        effect = paired(method, "points", pairs, planned=len(self.seeds), delta=0.0, hindered="; ".join(failed))
+            if failed := [result["failed"] for result in both if "failed" in result]:
+                lost[rank] = "; ".join(failed)
+            elif all(both):
+                heads = zip(*(result["heads"] for result in both))
+                gains[rank] = fmean(own["top1"] - other["top1"] for own, other in heads)
+        effect = Effect(method, "points", gains, len(self.seeds), delta=0.0, lost=lost)
         word, (gain, half) = effect.judge(self.family), interval(effect.values, 1 - 0.05 / self.family)
         verdict = "undecided" if gain == half == 0 else WORDS.get(word, word)
         visible = f"a gain below {half:.2f} would not be visible" if half > 0 else ""
