@@ -225,11 +225,12 @@ class Training:
         self.at_test = self.predict(self.splits["test"].images)
         test = metrics.summaries(self.at_test, self.splits["test"].labels)
         norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
+        seconds = round(began - self.epoch_began, 4), round(time.monotonic() - began, 4)
         norms, rows = cycle(torch.stack(norms).tolist()), []
-        times = {"seconds_train": round(began - self.epoch_began, 4), "seconds_test": round(time.monotonic() - began, 4)}
         for head, values, at_test, norm in zip(self.heads, means, test, norms):
             rows.append({"epoch": epoch + 1, "head": head, "lr": self.lr} | dict(zip(metrics.STATISTICS, values)))
-            rows[-1] |= {f"test_{k}": v for k, v in at_test.items()} | {"weight_norm": norm} | times
+            rows[-1] |= {f"test_{k}": v for k, v in at_test.items()} | {"weight_norm": norm}
+            rows[-1] |= {"seconds_train": seconds[0], "seconds_test": seconds[1]}
         rows = list(chain(*self.ranks.gather(rows)))
         self.rows += rows
         if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in rows):
