@@ -173,7 +173,7 @@ def train_all(tasks, place, folder, budget, progress):
                     training, result = task.training(tell), {}
                     pauses, began = checkpoint.Pauses(training, path, stop=stop), monotonic()
                     try:
-                        training.fit(pauses)
+                        training.loop(pauses)
                         result["heads"] = task.measured(training.at_test or training.predict(task.test))
                     except trainer.Diverged as error:
                         result["failed"] = str(error)

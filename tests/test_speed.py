@@ -69,7 +69,7 @@ def test_fast_settings_end_as_accurate_as_the_plain_ones(tmp_path):
             with torch.random.fork_rng():
                 training = trainer.Training(run, CPU, settings)
                 pauses = checkpoint.Pauses(training, tmp_path / f"{name}{seed}")
-                training.fit(pauses)
+                training.loop(pauses)
                 result, _ = measure.final(training, pauses)
             top1[name] += [head["top1"] for head in result["heads"]]
     fast, plain = (np.array(top1[name]) for name in top1)

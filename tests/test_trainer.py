@@ -266,7 +266,7 @@ def test_the_loop_needs_no_data_set(tiny, tmp_path, data_folder):
     material = trainer.Material(run, CPU, {"train": split, "test": split})
     training = trainer.Training(run, CPU, Speed(bf16=False), material=material)
     pauses = checkpoint.Pauses(training, tmp_path)
-    training.fit(pauses)
+    training.loop(pauses)
     result, files = measure.final(training, pauses)
     assert training.step == 4 and [head["best_epoch"] in (1, 2) for head in result["heads"]] == [True, True]
     assert {"history.csv", "test.npz", "noise.csv", "features.npz", "weights.safetensors"} == set(files)
@@ -275,7 +275,7 @@ def test_the_loop_needs_no_data_set(tiny, tmp_path, data_folder):
 
 def test_the_loop_fits_on_a_screen():
     """Of one loop for every method and every network, all that a step is."""
-    loop = (trainer.Training.fit, trainer.Training.set_step, trainer.Training.update, trainer.Training.forward)
+    loop = (trainer.Training.loop, trainer.Training.set_step, trainer.Training.update, trainer.Training.forward)
     assert sum(len(inspect.getsource(part).splitlines()) for part in (*loop, trainer.Material.epoch)) <= 80
 
 

@@ -21,16 +21,12 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
 FORMAT = 2  # of the state in a checkpoint: a run with one of another format starts anew
 OF_TRAINING = ("step", "rows", "seconds", "cpu_seconds", "sums", "parts")  # the Training's attributes in it
-SAVING_SHARE = 0.05  # an epoch's end is saved too, unless that would take a larger share of the time
-PROBE_STEPS, PROBE_SECONDS = 50, 5
-"""The speed of a run is taken after so many steps, in which algorithms are searched for, and over so much time."""
 
 
 class Pauses:
     """What happens between the steps of a `trainer.Training`, which resumes from its checkpoint in `folder` here.
     stop() is asked after every step; a true answer (the reason) saves and raises Stopped. time_limit, in seconds: give
-    up with Stopped once the measured speed says that the run will not end in it. checkpoint_seconds: between two saves.
-    """
+    up with Stopped once the measured speed says that the run will not end in it. checkpoint_seconds: between saves."""
 
     def __init__(self, training, folder, stop=lambda: None, time_limit=None, checkpoint_seconds=60, clock=monotonic):
         self.training, self.folder, self.clock = training, Path(folder), clock
@@ -51,7 +47,8 @@ class Pauses:
         training.seconds = self.before + now - self.started
         reason = self.stop() or (self.time_limit and self.too_slow(now))
         since, epoch_ended = now - self.saved, training.step % training.steps_per_epoch == 0
-        due = since > self.checkpoint_seconds or (epoch_ended and SAVING_SHARE * since > self.saving)
+        # an epoch's end is saved too, unless that would take more than 5% of the time
+        due = since > self.checkpoint_seconds or (epoch_ended and 0.05 * since > self.saving)
         reason, due = training.ranks.agree(reason, due)
         if reason or (due and training.step < training.total):  # the end is saved before the final evaluations
             self.save()
@@ -65,11 +62,11 @@ class Pauses:
 
     def too_slow(self, now):
         """Why the run is given up: its measured speed says that it would not end in the time limit."""
-        steps = self.training.step - self.first - PROBE_STEPS
+        steps = self.training.step - self.first - 50  # in these algorithms are searched for
         if steps <= 0:
             self.probed = now
         left = (now - self.probed) / max(steps, 1) * (self.training.total - self.training.step)
-        slow = now - self.probed > PROBE_SECONDS and now - self.started + left > self.time_limit
+        slow = now - self.probed > 5 and now - self.started + left > self.time_limit
         return "it would not end in the budget" if slow else None
 
     def check(self):
@@ -81,15 +78,10 @@ class Pauses:
         """Write this process's file of a checkpoint; the first one's comes last: with it, all of a step are there."""
         training, ranks, began = self.training, self.training.ranks, self.clock()
         training.cpu_seconds = self.cpu_seconds()
-        state = {
-            "format": FORMAT,
-            "protocol": PROTOCOL,
-            "config": json.dumps(training.run.config),
-            "data_sha256": training.material.checksum,
-            "nets": [net.state_dict() for net in training.nets.values()],
-            "optimizer": training.optimizer.state_dict(),
-            **{name: getattr(training, name) for name in OF_TRAINING},
-        }
+        state = {"format": FORMAT, "protocol": PROTOCOL, "config": json.dumps(training.run.config)}
+        state |= {"data_sha256": training.material.checksum, "optimizer": training.optimizer.state_dict()}
+        state["nets"] = [net.state_dict() for net in training.nets.values()]
+        state |= {name: getattr(training, name) for name in OF_TRAINING}
         self.folder.mkdir(parents=True, exist_ok=True)
         path, content = self.file_of(training.step), checkpoint_bytes(state)
         if ranks.rank:
@@ -111,25 +103,20 @@ class Pauses:
     def resume(self):
         """Go back to the last whole checkpoint: the first process finds it, the others read their files of its step."""
         training, ranks = self.training, self.training.ranks
-        found = None if ranks.rank else self.restore_last()
-        found, step = ranks.gather((found, training.step))[0]
-        if found and ranks.rank:
-            self.restore(self.file_of(step), read_checkpoint(self.file_of(step), training.device))
-
-    def restore_last(self):
-        """Whether a checkpoint was restored; damaged ones become *.corrupt."""
-        for path in filter(Path.exists, [self.folder / name for name in CHECKPOINTS]):
+        for path in [] if ranks.rank else filter(Path.exists, [self.folder / name for name in CHECKPOINTS]):
             try:
-                state = read_checkpoint(path, self.training.device)
+                state = read_checkpoint(path, training.device)
             except CorruptFile as error:
-                self.training.report(text=f"{quarantine(error, path.name)}; the run resumes from what is before it")
+                training.report(text=f"{quarantine(error, path.name)}; the run resumes from what is before it")
                 continue
-            if state.get("format") != FORMAT:
-                self.training.report(text=f"{path} is of another version of silalib: the run starts anew")
-                return False
-            self.restore(path, state)
-            return True
-        return False
+            if state.get("format") == FORMAT:
+                self.restore(path, state)
+            else:
+                training.report(text=f"{path} is of another version of silalib: the run starts anew")
+            break
+        step = ranks.gather(training.step)[0]
+        if step and ranks.rank:
+            self.restore(self.file_of(step), read_checkpoint(self.file_of(step), training.device))
 
     def restore(self, path, state):
         """Raises UserError for a checkpoint of another run, other data, another device or other processes."""

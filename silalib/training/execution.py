@@ -1,7 +1,7 @@
-"""Execution settings: precision, memory layout, CUDA graphs. They change results by rounding alone."""
+"""Execution settings: device, precision, memory layout, CUDA graphs. They change results by rounding alone."""
 
 import gc
-from collections import deque
+import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -9,19 +9,14 @@ import torch
 
 from ..errors import GraphFailed, UserError
 
-EAGER_CALLS = 3  # before a function is captured: cuDNN chooses its algorithms, the optimizer makes its buffers
-
 
 def pick_device(name):
     """torch.device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Raises UserError if it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} is not here ({torch.cuda.device_count()} GPUs found): use --device cpu or auto")
     return device
@@ -38,7 +33,7 @@ def bfloat16_pays(device):
 
 
 def precision(net, device, bf16):
-    """Of one network: torch.bfloat16 if `bf16` is true and the network gains by it on that device, else torch.float32.
+    """The dtype of one network: torch.bfloat16 if `bf16` and the network gains by it on that device, else float32.
     On a CPU depthwise convolutions do not gain. The 12-layer network stays in float32: its two features are drawn."""
     gains = ("resnet", "vgg", "wrn", "densenet", "msdnet") + (("mobilenet",) if device.type == "cuda" else ())
     return torch.bfloat16 if bf16 and net.startswith(gains) else torch.float32
@@ -46,8 +41,8 @@ def precision(net, device, bf16):
 
 @dataclass(frozen=True)
 class Speed:
-    """bf16: bfloat16 for the networks that `precision` names. fused: one kernel for the optimizer's step. graphs: a
-    whole step, and the evaluation of a batch, are one CUDA graph each."""
+    """bf16: bfloat16 for the networks that `precision` names. fused: one kernel for the optimizer's step.
+    graphs: a whole step, and the evaluation of a batch, are one CUDA graph each."""
 
     bf16: bool = True
     channels_last: bool = True
@@ -56,7 +51,7 @@ class Speed:
 
 
 def fast(device, bf16=None, graphs=True):
-    """The settings of every training on `device`; bf16 None: where it pays. On a CPU there are no graphs."""
+    """The settings of every training on `device`; bf16 None: where it pays. A CPU has no graphs."""
     return Speed(bfloat16_pays(device) if bf16 is None else bf16, graphs=graphs and device.type == "cuda")
 
 
@@ -85,7 +80,7 @@ def settings(device):
 
 
 def cuda_graph(function, inputs):
-    """(replay, outputs) of function(*inputs), not run yet: replay() runs it on what `inputs` then hold."""
+    """(replay, outputs) of function(*inputs): replay() runs it on what `inputs` then hold, and writes to outputs."""
     graph = torch.cuda.CUDAGraph()
     # the thread that brings streamed images may go on with its own work meanwhile
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
@@ -99,8 +94,7 @@ class GraphedCallable:
     place, like the weights. Raises GraphFailed where it cannot be captured: the process may stay in capture mode."""
 
     def __init__(self, function, capture=cuda_graph):
-        self.function, self.capture = function, capture
-        self.calls, self.shapes, self.replay = 0, None, None
+        self.function, self.capture, self.calls, self.shapes, self.replay = function, capture, 0, None, None
 
     def __call__(self, *tensors):
         shapes = [tensor.shape for tensor in tensors]
@@ -109,7 +103,7 @@ class GraphedCallable:
             with no_search():
                 return self.function(*tensors)
         self.calls += 1
-        if self.calls <= EAGER_CALLS:
+        if self.calls <= 3:  # in these cuDNN chooses its algorithms, and the optimizer makes its buffers
             return self.function(*tensors)
         if self.replay is None:
             self.inputs, collects = [tensor.clone() for tensor in tensors], gc.isenabled()
@@ -132,15 +126,11 @@ class GraphedCallable:
         return self.outputs and [output.clone() for output in self.outputs]
 
 
-class StepsInFlight:
-    """At most 16 steps are queued on a GPU: it is never idle, and a stop is heard within these steps."""
-
-    def __init__(self, device):
-        self.gpu, self.events = device.type == "cuda", deque()
-
-    def add(self):
-        if self.gpu:
-            self.events.append(torch.cuda.Event(blocking=True))
-            self.events[-1].record()
-            if len(self.events) > 16:
-                self.events.popleft().synchronize()
+def wait_for_earlier_steps(queued, device):
+    """After a step, whose event is added to the deque `queued`: at most 16 are queued on a GPU. It is never idle, and a
+    stop is heard within these steps."""
+    if device.type == "cuda":
+        queued.append(torch.cuda.Event(blocking=True))
+        queued[-1].record()
+        if len(queued) > 16:
+            queued.popleft().synchronize()

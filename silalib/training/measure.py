@@ -1,4 +1,4 @@
-"""The final evaluations of a run, and its record. Everything is measured now: weights are rarely kept."""
+"""The final evaluations of a run, and its record."""
 
 import time
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ FEATURE_IMAGES = 10000  # of each split, at most
 
 def final(training, pauses):
     """(result, files) of a `trainer.Training` whose steps are done: result.json's content, and file name -> bytes.
-    None in the processes of network-parallel but the first."""
+    None in all processes of network-parallel but the first."""
     pauses.save()  # what follows can take minutes, and is stopped between its parts
     began, run, splits = time.monotonic(), training.run, training.splits
     training.report(final="final evaluations")
@@ -37,12 +37,10 @@ def final(training, pauses):
             arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
     found = features(training, heads) if all(hasattr(net, "embed") for net in networks) else {}
     noise_rows = noise(training, pauses) if run.noise_images else []
-    if run.hessian_images:
-        for values, curvature in zip(heads, sharpness(training, pauses)):
-            values["curvature"] = curvature
+    for values, curvature in zip(heads, sharpness(training, pauses) if run.hessian_images else ()):
+        values["curvature"] = curvature
     lists = heads, noise_rows, [z.cpu() for z in logits], [z.argmax(1).cpu() for z in at_end], [pauses.cpu_seconds()]
-    normalise = training.material.normalise
-    tensors = {"mean": normalise.mean, "std": normalise.std}  # as `records.load_network` reads them
+    tensors = {name: getattr(training.material.normalise, name) for name in ("mean", "std")}
     tensors |= {f"{slot}.{k}": v for slot, net in training.nets.items() for k, v in net.state_dict().items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     parts = training.ranks.gather((lists, (arrays, found, tensors)))
@@ -63,17 +61,13 @@ def final(training, pauses):
     files |= {"features.npz": to_npz(found)} if found else {}
     files |= {"noise.csv": to_csv(noise_rows)} if noise_rows else {}
     files["weights.safetensors"] = to_safetensors(tensors)
-    result["provenance"] = {
-        **{k: v for k, v in training.parts[-1].items() if k != "from_step"},
-        **({"parts": training.parts} if len(training.parts) > 1 else {}),  # which process trained from which step
-        "data_sha256": training.material.checksum,
-        "train_images": len(splits["train"]),
-        "seconds": round(training.seconds, 1),
-        "seconds_final": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(sum(cpu_seconds), 1),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    return result, files
+    origin = {k: v for k, v in training.parts[-1].items() if k != "from_step"}
+    origin |= {"parts": training.parts} if len(training.parts) > 1 else {}  # which process trained from which step
+    origin |= {"data_sha256": training.material.checksum, "train_images": len(splits["train"])}
+    origin |= {"seconds": round(training.seconds, 1), "seconds_final": round(time.monotonic() - began, 1)}
+    origin |= {"cpu_seconds": round(sum(cpu_seconds), 1)}
+    origin |= {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    return result | {"provenance": origin}, files
 
 
 def per_head(training, networks, logits, at_end):
@@ -116,12 +110,12 @@ def features(training, heads):
 
 
 def noise(training, pauses):
-    """Figure 7b: training NLL under noise on the parameters, on fixed, unaugmented training images."""
+    """Rows of noise.csv (Figure 7b): training NLL under noise on the parameters, on fixed, unaugmented images."""
     run, rows = training.run, []
     images, labels = fixed_train_images(training, run.noise_images)
     for head, net in training.nets.items():
         predict, seed = lambda net, slot=head: training.predict(images, slot)[0], derive(run.seed, "noise", head)
-        for kind in ("absolute", "filter"):
+        for kind in robustness.LARGEST_SIGMA:
             pauses.check()
             curve = robustness.parameter_noise(net, predict, labels, run.noise_sigmas, run.noise_draws, kind, seed)
             rows += [{"head": head} | row for row in curve]
@@ -136,11 +130,11 @@ def sharpness(training, pauses):
     for head, net in training.nets.items():
         net.eval()
         loss, values = lambda net=net: metrics.cross_entropy(net(x), labels).mean(), {"images": len(labels)}
-        for name, scaled in (("absolute", False), ("filter", True)):
+        for kind in ("absolute", "filter"):
             pauses.check()
             with no_search():
-                value, products, residual = robustness.largest_eigenvalue(loss, net.parameters(), scaled)
-            values |= {name: value, f"{name}_steps": products, f"{name}_residual": residual}
+                found = robustness.largest_eigenvalue(loss, net.parameters(), scaled=kind == "filter")
+            values |= zip((kind, f"{kind}_steps", f"{kind}_residual"), found)
         training.report(final=f"sharpness, network {head + 1} of {len(training.run.nets)}")
         yield values
 

@@ -72,12 +72,11 @@ def ensemble(heads, target):
     target = target.cpu()
     each = torch.stack([z.double().cpu().log_softmax(1) for z in heads])
     together = each.logsumexp(0) - math.log(len(heads))
-    entropy = (each.exp() * each).sum(2)
-    kl = [(entropy[c] - (each[c].exp() * each[k]).sum(1)).mean().item() for c, k in permutations(range(len(heads)), 2)]
+    kl = [(own.exp() * own).sum(1) - (own.exp() * peer).sum(1) for own, peer in permutations(each, 2)]
     found = summaries([together], target)[0] | calibration(together, target)
-    values = {name: found[name] for name in ("top1", "top5", "nll", "ece", "nll_scaled")}
-    apart = {"disagreement": disagreement([z.argmax(1) for z in heads]), "divergence": sum(kl) / len(kl)}
-    return values | apart, together
+    found |= {"disagreement": disagreement([z.argmax(1) for z in heads])}
+    found |= {"divergence": sum(values.mean().item() for values in kl) / len(kl)}
+    return {k: found[k] for k in ("top1", "top5", "nll", "ece", "nll_scaled", "disagreement", "divergence")}, together
 
 
 def disagreement(predicted):
@@ -115,8 +114,7 @@ STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5"
 def statistics(logits, gradients, target):
     """One row of means over a batch, float64 (C, 9), in the order of STATISTICS, per head; gradient None leaves it out.
     NLL and top-1 of the head alone; z_y, alpha (equation 4), s and mean |s_c - s_k| to the peers (NaN without one);
-    1 - p_y of equation 5; |dL/dz_y| of the loss that is really trained, per sample; and the mean of z over the classes.
-    """
+    1 - p_y of equation 5; |dL/dz_y| of the loss that is trained, per sample; and the mean of z over the classes."""
     batch = len(target)
     s = torch.cat(logits).logsumexp(1).view(-1, batch)  # all heads at once: few operations, whatever their number
     own = [c for c, gradient in enumerate(gradients) if gradient is not None]
@@ -135,12 +133,8 @@ def per_image(logits, target, network):
     """What test.npz keeps of one head, in half precision but for an exit's confidence, in which images must not tie."""
     log_p = logits.log_softmax(1)
     largest, predicted = log_p.max(1)
-    arrays = {
-        "log_probability": log_p.gather(1, target[:, None])[:, 0].half(),
-        "confidence": largest.exp() if network in EXITS else largest.exp().half(),
-        "predicted": predicted.short(),
-        "top5": in_top_k(logits, target, 5),
-        "s": logits.logsumexp(1).half(),
-        "offset": logits.mean(1).half(),
-    }
+    arrays = {"log_probability": log_p.gather(1, target[:, None])[:, 0].half()}
+    arrays["confidence"] = largest.exp() if network in EXITS else largest.exp().half()
+    arrays |= {"predicted": predicted.short(), "top5": in_top_k(logits, target, 5)}
+    arrays |= {"s": logits.logsumexp(1).half(), "offset": logits.mean(1).half()}
     return {k: v.cpu().numpy() for k, v in arrays.items()}

@@ -18,11 +18,9 @@ class Ranks:
         self.parallel = parallel
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
 
-    def slots(self, run):
-        return [self.rank] if self.parallel else range(len(run.nets))
-
-    def heads(self, run):
-        return [self.rank] if self.parallel else range(run.n_heads)
+    def own(self, count):
+        """Which of so many slots or heads this process has."""
+        return [self.rank] if self.parallel else range(count)
 
     def all_heads(self, logits, method):
         """Logits (B, N) of every head, for a loss whose gradient in this process's own is exact. Others' are fixed:
@@ -54,5 +52,4 @@ class Ranks:
         return values
 
     def barrier(self):
-        """Wait until every process is here."""
         self.agree(None, False)

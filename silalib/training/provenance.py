@@ -22,25 +22,16 @@ def here(device, ranks, dtypes, graphs):
     """What this process trains with; a run that resumes elsewhere has several such `parts`."""
     gpu = device.type == "cuda"
     cuda = {"graphs": graphs, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if gpu else {}
-    return {
-        "silalib": code_version(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "kind": device.type,
-        "device": torch.cuda.get_device_name(device) if gpu else processor(),
-        "amx": amx(),
-        "threads": torch.get_num_threads(),
-        "processes": ranks.size,
-        "layout": "network-parallel" if ranks.parallel else None,
-        **cuda,
-        "precision": "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
-    }
+    precision = "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    part = {"silalib": code_version(), "python": platform.python_version(), "torch": str(torch.__version__)}
+    part |= {"kind": device.type, "device": torch.cuda.get_device_name(device) if gpu else processor(), "amx": amx()}
+    part |= {"threads": torch.get_num_threads(), "processes": ranks.size}
+    return part | {"layout": "network-parallel" if ranks.parallel else None, **cuda, "precision": precision}
 
 
 def code_version():
     """{"code": hash of the package's source, "commit": of the checkout, "+" if it was changed}."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
+    package, digest = Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     version = {"code": digest.hexdigest()[:12]}

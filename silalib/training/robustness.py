@@ -9,8 +9,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from ..randomness import generator
 from .metrics import summaries
 
-LARGEST_SIGMA = {"absolute": 0.02, "filter": 0.5}
-"""Of the noise in Figure 7b: its standard deviation, or its length relative to each filter's norm."""
+LARGEST_SIGMA = {"absolute": 0.02, "filter": 0.5}  # standard deviation of the noise, or its length in filters' norms
 
 
 def filter_norms(parameter):
@@ -64,10 +63,9 @@ def scatter_ratio(features, labels):
 
 def largest_eigenvalue(loss, parameters, scaled=False, tolerance=1e-4, iterations=50, seed=0):
     """The largest signed eigenvalue of the Hessian of `loss()`, by Lanczos iteration with Hessian-vector products:
-    (eigenvalue, products used, relative residual |Hv - ev| / |e|).
-
+    (eigenvalue, products used, relative residual |Hv - ev| / |e|). iterations: restarts, then `tolerance` is widened.
     scaled: of the Hessian in coordinates relative to each filter's norm, which does not change when a filter and the
-    BatchNorm behind it are rescaled. iterations: restarts to converge in, then `tolerance` is widened."""
+    BatchNorm behind it are rescaled."""
     parameters = list(parameters)
     flat = lambda tensors: torch.cat([tensor.flatten() for tensor in tensors])
     units = flat(filter_norms(p).detach().expand_as(p) if scaled else torch.ones_like(p) for p in parameters)

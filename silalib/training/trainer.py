@@ -1,4 +1,4 @@
-"""One short loop for every method and every network: one backward of the summed loss, one optimizer.
+"""One short loop for every method and every network: one backward pass of the summed loss, one optimizer.
 
 The learning rate and all randomness are functions of the step: resumed runs and paired methods match exactly."""
 
@@ -7,6 +7,7 @@ import math
 import time
 import traceback
 import weakref
+from collections import deque
 from contextlib import suppress
 from functools import partial
 from itertools import chain, cycle
@@ -21,7 +22,7 @@ from ..errors import NoDevice, UserError
 from ..losses import METHODS
 from ..randomness import derive
 from . import checkpoint, measure, metrics
-from .execution import GraphedCallable, StepsInFlight, fast, pick_device, precision, settings
+from .execution import GraphedCallable, fast, pick_device, precision, settings, wait_for_earlier_steps
 from .network_parallel import Ranks
 
 EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images evaluated at once: more leave a CPU's caches, fewer do not fill a GPU
@@ -31,8 +32,7 @@ EVAL_PIXELS = 500 * 64 * 64  # 64 channels of so many are 0.5 GB in float32: of 
 class Diverged(UserError):
     """The loss became infinite or not a number: in this epoch (from 1), after so many steps, at this learning rate."""
 
-    def __init__(self, run, epoch, step, lr):
-        super().__init__(run, epoch, step, lr)  # constructor arguments, for unpickling
+    def __init__(self, run, epoch, step, lr):  # which `args` keeps for unpickling
         self.epoch, self.step, self.lr = epoch, step, lr
 
     def __str__(self):
@@ -54,7 +54,7 @@ def build(run, slot):
 
 
 def train(run, folder, device="auto", *, progress=lambda **message: None, ranks=None, bf16=None, graphs=True, **pauses):
-    """Train one run to its end, or on from its checkpoint in `folder`. Returns (result, files), what its record holds.
+    """Train one run to the end, resuming from a checkpoint in `folder` if there is one: (result, files) of its record.
     progress(**message) hears of each epoch, and of the step every other second. graphs: whether to use CUDA graphs.
     ranks: the processes that train it together; the first one returns the record, the others None.
     bf16: whether to use bfloat16, by default where it pays on this device; a checkpoint decides for itself.
@@ -63,24 +63,24 @@ def train(run, folder, device="auto", *, progress=lambda **message: None, ranks=
     graph cannot be captured: nothing more must then be trained in this process."""
     device = pick_device(device)
     check_usable(device)
-    devices = [device] if device.type == "cuda" else []
+    gpus = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), settings(device):
+        with torch.random.fork_rng(devices=gpus), settings(device):
             training = Training(run, device, fast(device, bf16, graphs), ranks, progress)
             pauses = checkpoint.Pauses(training, folder, **pauses)
-            training.fit(pauses)
+            training.loop(pauses)
             return measure.final(training, pauses)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the networks
         raise
     finally:
         training = pauses = None
-        if devices:
+        if gpus:
             give_memory_back()
 
 
 def give_memory_back():
-    """To the next run, and to other processes on this GPU."""
+    """Free this GPU's memory for the next run and for other processes."""
     gc.collect()
     getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # of every stream; not in a PyTorch for CPUs
     with suppress(RuntimeError):  # after a failed capture the allocator refuses; its process trains nothing more
@@ -94,8 +94,8 @@ def check_usable(device):
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise NoDevice(f"device {device} cannot be used ({reason}): mend that, or use --device cpu") from None
+        why = str(error).splitlines()[0]
+        raise NoDevice(f"device {device} cannot be used ({why}): mend that, or use --device cpu") from None
 
 
 class Material:
@@ -116,17 +116,18 @@ class Material:
         # fewer large images, but never below a training batch, which takes more memory
         self.eval_batch = min(EVAL_BATCH[device.type], max(run.batch_size, EVAL_PIXELS // (height * width)))
 
-    def epoch(self, epoch, first, steps):
-        """Batches `first` to `steps` of an epoch: uint8 images (B, H, W, C), target (B,), what `transform` needs."""
+    def epoch(self, number, first_step, end_step):
+        """Batches `first_step` up to `end_step` of an epoch, from 0: uint8 images (B, H, W, C), target (B,), and what
+        `transform` needs."""
         labels, size = self.splits["train"].labels, self.run.batch_size
-        plan = epoch_plan(self.run, epoch, len(labels), self.device)
-        self.loader.begin(plan[0][first * size : steps * size], size)
-        for i in range(first, steps):
-            index, offset, flip, *choices = (part[i * size : (i + 1) * size] for part in plan)
+        plan = epoch_plan(self.run, number, len(labels), self.device)
+        self.loader.begin(plan[0][first_step * size : end_step * size], size)
+        for step in range(first_step, end_step):
+            index, offset, flip, *choices = (part[step * size : (step + 1) * size] for part in plan)
             yield self.loader.crop_flip(index, offset, flip), labels[index], *choices
 
     def inputs(self, images, channels_last=True):
-        """What networks take, for uint8 images (B, H, W, C)."""
+        """Normalised images (B, C, H, W), as networks take them, for uint8 images (B, H, W, C)."""
         x = self.normalise(images.permute(0, 3, 1, 2))
         return x if channels_last else x.contiguous()
 
@@ -139,14 +140,14 @@ class Material:
 
 
 class Training:
-    """The state of one run in progress, or of the part of it that this process has; networks are kept by slot."""
+    """The state of one run in progress, or of this process's part of it; networks are kept by slot."""
 
     def __init__(self, run, device, speed, ranks=None, progress=lambda **message: None, material=None):
         self.run, self.device, self.speed, self.progress = run, device, speed, progress
         self.ranks, self.material = ranks or Ranks(), material or Material(run, device)
         self.splits, self.steps_per_epoch = self.material.splits, self.material.steps_per_epoch
         layout = torch.channels_last if speed.channels_last else torch.contiguous_format
-        slots = self.ranks.slots(run)
+        slots, self.heads = self.ranks.own(len(run.nets)), self.ranks.own(run.n_heads)
         self.nets = {s: self.material.network(s).to(device, memory_format=layout) for s in slots}
         self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
         self.dtypes = [precision(net, device, speed.bf16) for net in run.nets]
@@ -155,7 +156,6 @@ class Training:
             raise UserError(f"batch size {run.batch_size} is above the {len(self.splits['train'])} training images")
         self.total = run.epochs * self.steps_per_epoch
         self.step, self.rows, self.seconds, self.cpu_seconds, self.parts = 0, [], 0.0, 0.0, []
-        self.heads = self.ranks.heads(run)
         self.sums = torch.zeros(len(self.heads), len(metrics.STATISTICS), dtype=torch.float64, device=device)
         self.at_test = None  # logits of the test images after the last epoch
         self.graphed = speed.graphs and not self.ranks.parallel  # what processes tell each other cannot be captured
@@ -166,22 +166,23 @@ class Training:
         function = partial(method, weakref.proxy(self), **arguments)
         return GraphedCallable(function) if self.graphed else function
 
-    def fit(self, pauses):
-        steps_in_flight = StepsInFlight(self.device)
+    def loop(self, pauses):
+        """All steps that are left, epoch by epoch; between them `pauses` saves, reports and stops."""
+        queued = deque()
         while self.step < self.total:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
+            epoch, first_step = divmod(self.step, self.steps_per_epoch)
             self.epoch_began = time.monotonic()
-            for images, target, *choices in self.material.epoch(epoch, first, self.steps_per_epoch):
+            for images, target, *choices in self.material.epoch(epoch, first_step, self.steps_per_epoch):
                 self.set_step()
                 self.captured_update(images, target, *choices)
                 self.step += 1
-                steps_in_flight.add()
+                wait_for_earlier_steps(queued, self.device)
                 if self.step % self.steps_per_epoch == 0:
                     self.end_of_epoch(epoch)
                 pauses.after_step()
 
     def set_step(self):
-        """What depends on the number of the step; `update` is the same work in every step."""
+        """Set what depends on the step's number: the learning rate and, on a GPU, the seed of dropout."""
         self.lr = self.material.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"].fill_(self.lr) if torch.is_tensor(group["lr"]) else self.lr
@@ -191,7 +192,8 @@ class Training:
             torch.cuda.manual_seed(derive(self.run.seed, "dropout", self.step, *part))
 
     def update(self, images, target, *choices):
-        """Equation 10 on one batch: forward of every network here, one loss, one backward, one update."""
+        """One training step on one batch: forward passes, the method's loss (for SiLa equation 10), one backward pass,
+        one optimizer step."""
         self.optimizer.zero_grad()
         logits = self.forward(transform(images, *choices), training=True)
         for z in logits:
@@ -202,11 +204,10 @@ class Training:
         means = metrics.statistics([z.detach() for z in logits], [z.grad for z in logits], target)
         self.sums += means * (len(target) / self.run.batch_size)  # the last batch of an epoch may be smaller
 
-    def forward(self, images, training=False, slots=None):
-        """float32 logits (B, N) of every head here for uint8 images (B, H, W, C); of the slots asked for, or all."""
-        x = self.material.inputs(images, self.speed.channels_last)
-        logits = []
-        for slot in slots or self.nets:
+    def forward(self, images, training=False, only=None):
+        """float32 logits (B, N) of every head here, or of one slot's, for uint8 images (B, H, W, C)."""
+        x, logits = self.material.inputs(images, self.speed.channels_last), []
+        for slot in self.nets if only is None else [only]:
             net = self.nets[slot].train(training)
             if training and self.dropout[slot] and self.device.type == "cpu":
                 torch.random.default_generator.manual_seed(derive(self.run.seed, "dropout", slot, self.step))
@@ -225,13 +226,11 @@ class Training:
         test = metrics.summaries(self.at_test, self.splits["test"].labels)
         norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
         seconds = round(began - self.epoch_began, 4), round(time.monotonic() - began, 4)
-        rows = [
-            {"epoch": epoch + 1, "head": head, "lr": self.lr}
-            | dict(zip(metrics.STATISTICS, values))
-            | {f"test_{k}": v for k, v in at_test.items()}
-            | {"weight_norm": norm, "seconds_train": seconds[0], "seconds_test": seconds[1]}
-            for head, values, at_test, norm in zip(self.heads, means, test, cycle(torch.stack(norms).tolist()))
-        ]
+        norms, rows = cycle(torch.stack(norms).tolist()), []
+        for head, values, at_test, norm in zip(self.heads, means, test, norms):
+            rows.append({"epoch": epoch + 1, "head": head, "lr": self.lr} | dict(zip(metrics.STATISTICS, values)))
+            rows[-1] |= {f"test_{k}": v for k, v in at_test.items()} | {"weight_norm": norm}
+            rows[-1] |= {"seconds_train": seconds[0], "seconds_test": seconds[1]}
         rows = list(chain(*self.ranks.gather(rows)))
         self.rows += rows
         if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in rows):
@@ -241,8 +240,7 @@ class Training:
     @torch.no_grad()
     def predict(self, images, slot=None):
         """float32 logits (n, N) of every head here, or of one slot's, in evaluation mode."""
-        slots = None if slot is None else [slot]
-        forward = self.captured_forwards.setdefault(slot, self.captured(Training.forward, slots=slots))
+        forward = self.captured_forwards.setdefault(slot, self.captured(Training.forward, only=slot))
         batches = [forward(batch) for batch in in_batches(images, self.material.eval_batch)]
         return [torch.cat(head) for head in zip(*batches)]
 
