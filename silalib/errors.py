@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager
 
+REPORT = "IPython", "jinja2", "jupyter_client", "jupyter_core", "latex2mathml", "matplotlib", "nbconvert", "papermill"
+
 
 def printable(text):
     """Text of whatever origin in one line: what would move the cursor, change colours or turn the line is spelled."""
@@ -33,9 +35,6 @@ def missing_extra(error):
         raise error
     extra = "cluster" if name == "ray" else "report" if name in REPORT else "train"
     return MissingExtra(f"{name} is not installed: in the checkout, pip install -c constraints.txt -e '.[{extra}]'")
-
-
-REPORT = "IPython", "jinja2", "jupyter_client", "jupyter_core", "latex2mathml", "matplotlib", "nbconvert", "papermill"
 
 
 class CorruptFile(UserError):

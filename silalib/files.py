@@ -31,8 +31,7 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-LARGEST = {".sha256": 2**12, ".json": 2**27, ".csv": 2**26, ".npz": 2**30}
-"""Bytes that a file of a kind may have, and 16 GB any other; an archive of arrays also unpacked."""
+LARGEST = {".sha256": 2**12, ".json": 2**27, ".csv": 2**26, ".npz": 2**30}  # bytes, of archives unpacked too
 
 
 def read_bytes(path, what):
@@ -41,20 +40,18 @@ def read_bytes(path, what):
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST.get(path.suffix, 2**34):
-                raise CorruptFile(path, what)
-            return file.read()
+            if stat.S_ISREG(found.st_mode) and found.st_size <= LARGEST.get(path.suffix, 2**34):
+                return file.read()
     except PermissionError:
         raise UserError(f"cannot read {path}: permission denied") from None
     except OSError:
-        raise CorruptFile(path, what) from None
+        pass
+    raise CorruptFile(path, what)
 
 
 def write_atomically(path, content, previous=None):
     """Write bytes under a temporary name, flush them to disk, rename: the file is whole or not there.
-
-    previous: the new name of a file that is there already. Raises NoRoom where nothing can be written.
-    """
+    previous: the new name of a file that is there already. Raises NoRoom where nothing can be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -77,20 +74,17 @@ def write_atomically(path, content, previous=None):
 
 
 FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES, errno.EPERM)
-UNLOCKED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def unwritable(path, error):
     """The UserError for an OSError in writing: what failed, and how its cause is mended."""
     reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", errno.ENOSYS)
     if number in FULL:
-        how = "make room and start again to go on; what was there is kept"
-        return NoRoom(f"cannot write {path} ({reason}): {how}")
-    variable = "SILALIB_RESULTS" if path.is_relative_to(results_folder("")) else "SILALIB_DATA"
-    if number in UNLOCKED:
-        how = f"set {variable} to a folder on another one"
-        return UserError(f"the file system of {path} has no locks ({reason}): {how}")
-    return NoRoom(f"cannot write to {path} ({reason}): set {variable} to a folder of yours")
+        return NoRoom(f"cannot write {path} ({reason}): make room and start again to go on; what was there is kept")
+    how = f"set {'SILALIB_RESULTS' if path.is_relative_to(results_folder('')) else 'SILALIB_DATA'} to a folder"
+    if number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return UserError(f"the file system of {path} has no locks ({reason}): {how} on another one")
+    return NoRoom(f"cannot write to {path} ({reason}): {how} of yours")
 
 
 def write_sealed(path, value):
@@ -102,9 +96,7 @@ def write_sealed(path, value):
 
 def read_sealed(path, what, required=True):
     """The value that `write_sealed` wrote. Raises CorruptFile for a file that is not what its checksum says.
-
-    required: whether the checksum must be there. It may cover run.json in the same folder too.
-    """
+    required: whether the checksum must be there. It may cover run.json in the same folder too."""
     content, seal = read_bytes(path, what), path.with_suffix(".sha256")
     if required or seal.exists():
         written = read_bytes(seal, what)
@@ -143,13 +135,13 @@ def is_number(value, least=-1e15, most=1e15):
 def quarantine(damaged, mark="result.json"):
     """Rename the file of a CorruptFile, and `mark` beside it, to *.corrupt. Returns what was done, in words."""
     path = damaged.path
-    done = f"was damaged and is now {path.name}.corrupt" if path.exists() else "was missing"
+    done = f"{path} was damaged and is now {path.name}.corrupt" if path.exists() else f"{path} was missing"
     try:
         for old in filter(Path.exists, {path, path.with_name(mark)}):
             old.replace(f"{old}.corrupt")
     except OSError as error:
         raise UserError(f"cannot rename {path} ({error.strerror}): it is damaged; delete it yourself") from None
-    return f"{path} {done}"
+    return done
 
 
 def to_json(value):
@@ -169,7 +161,8 @@ def from_csv(content):
 
 
 def to_npz(arrays):
-    return to_npy(arrays, lambda file, arrays: np.savez_compressed(file, **arrays))
+    np.savez_compressed(buffer := io.BytesIO(), **arrays)
+    return buffer.getvalue()
 
 
 def from_npz(content):
@@ -180,6 +173,6 @@ def from_npz(content):
         return {name: arrays[name] for name in arrays.files}
 
 
-def to_npy(array, save=np.save):
-    save(buffer := io.BytesIO(), array)
+def to_npy(array):
+    np.save(buffer := io.BytesIO(), array)
     return buffer.getvalue()

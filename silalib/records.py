@@ -35,23 +35,21 @@ AGAIN = "python -m silalib train, or ensure(), renames it and trains the run aga
 @dataclass(frozen=True)
 class Record:
     """What a finished run left on disk; files are verified when they are read.
-
     result: final metrics per head (a list, with the curvature if it was measured), provenance. history: data frame
     with a row per epoch and head; noise, budgeted: data frames. test, features: arrays by name, one entry per head with
     suffix _0, _1 ..; test has labels, confidence and predicted class of held-out images too (calibration_*).
-    Reading a part that was not measured, was not kept, is missing or is damaged raises UserError.
-    """
+    Reading a part that was not measured, was not kept, is missing or is damaged raises UserError."""
 
     run: Run
     path: Path
     result: dict
 
     heads = property(lambda self: self.result["heads"])
-    history = cached_property(lambda self: self._table("history.csv"))
-    noise = cached_property(lambda self: self._table("noise.csv"))
-    budgeted = cached_property(lambda self: self._table("budgeted.csv"))
-    test = cached_property(lambda self: self._arrays("test.npz"))
-    features = cached_property(lambda self: self._arrays("features.npz"))
+    history = cached_property(lambda self: files.from_csv(self.read("history.csv")))
+    noise = cached_property(lambda self: files.from_csv(self.read("noise.csv")))
+    budgeted = cached_property(lambda self: files.from_csv(self.read("budgeted.csv")))
+    test = cached_property(lambda self: files.from_npz(self.read("test.npz")))
+    features = cached_property(lambda self: files.from_npz(self.read("features.npz")))
 
     def read(self, name):
         """The bytes of one of the record's files, checked against result.json."""
@@ -69,12 +67,6 @@ class Record:
         optional = {"weights.safetensors"} | (set() if self.run.noise_images else {"test.npz"})
         optional |= {"test.npz", "features.npz"} if files.EVIDENCE in self.path.parents else set()
         return name not in optional or (self.path / name).exists()
-
-    def _table(self, name):
-        return files.from_csv(self.read(name))
-
-    def _arrays(self, name):
-        return files.from_npz(self.read(name))
 
 
 _amount, _checksum = (lambda value: is_number(value, 0)), re.compile("[0-9a-f]{64}").fullmatch
@@ -103,11 +95,8 @@ HISTORY = ["epoch", "head", "lr", "train_nll", "z_y", "alpha", "gap", "equation5
 def validate(record):
     """Raise CorruptFile unless every file has the form that training writes: names, types, lengths, finite numbers."""
     run, heads, drawn = record.run, range(record.run.n_heads), set(record.run.nets) == {"convnet12"}  # in Figure 6
-    needed = {
-        "noise.csv": run.noise_images,
-        "budgeted.csv": run.holdout and run.nets[0] in EXITS,
-        "features.npz": drawn,
-    }
+    budgeted = run.holdout and run.nets[0] in EXITS
+    needed = {"noise.csv": run.noise_images, "budgeted.csv": budgeted, "features.npz": drawn}
     of_heads = lambda shape, *names: dict.fromkeys((f"{name}_{k}" for name in names for k in heads), shape)
 
     def result():
@@ -120,7 +109,7 @@ def validate(record):
         shapes = {"labels": n} | of_heads(n, "log_probability", "confidence", "predicted", "top5", "s")
         if held := (run.holdout,) if run.holdout else None:
             shapes |= {"calibration_labels": held} | of_heads(held, "calibration_confidence", "calibration_predicted")
-        more = of_heads(n, "offset") | {"ensemble_predicted": n, "ensemble_confidence": n}
+        more = of_heads(n, "offset") | dict.fromkeys(("ensemble_predicted", "ensemble_confidence"), n)
         return n[0] > 0 and _have_shapes(record.test, shapes, more)
 
     def features():
@@ -218,10 +207,8 @@ def find(run, profile=None):
 
 def load(run, folder=None, profile=None):
     """The Record of a finished run, from any profile, this one first, or from a `folder`.
-
     Raises UserError where it is missing, or of another protocol or other data, CorruptFile where a file is not what was
-    written, or not what training writes; weights are read and verified by `load_network`.
-    """
+    written, or not what training writes; weights are read and verified by `load_network`."""
     if (folder := folder or find(run, profile)) is None:
         raise UserError(f"no record of {run.key}: train it with ensure([run]), or python -m silalib train")
     path = folder / "result.json"
@@ -229,12 +216,9 @@ def load(run, folder=None, profile=None):
         result = files.read_sealed(path, AGAIN, required=False)
         if not fits(result, RESULT):
             raise CorruptFile(path, AGAIN)
-        sealed, record = (
-            "run.json" in result["files"],
-            Record(run, folder, result),
-        )  # else from before it had a checksum
-        files.read_sealed(path, AGAIN, required=sealed)
-        path = folder / "run.json"
+        if sealed := "run.json" in result["files"]:  # else from before it had a checksum
+            files.read_sealed(path, AGAIN)
+        record, path = Record(run, folder, result), folder / "run.json"
         identity = json.loads(record.read("run.json") if sealed else read_bytes(path, AGAIN))
         config, protocol = identity["config"], identity["protocol"]
         changed = [k for k, v in run.config.items() if config.get(k, v) != v]
@@ -272,10 +256,9 @@ def state(run, profile=None):
         for folder in folders(run):
             with lock(folder):
                 pass
-    except Stopped:
-        return "running"
-    except UserError:
-        pass  # a results folder that cannot be written has no process training in it
+    except UserError as error:  # a results folder that cannot be written has no process training in it
+        if isinstance(error, Stopped):
+            return "running"
     if failure(run):
         return "failed"
     return "started" if any((folder / name).exists() for folder in folders(run) for name in CHECKPOINTS) else "pending"
@@ -289,9 +272,9 @@ def failure(run, profile=None):
     with suppress(UserError, ValueError, RecursionError):
         found = json.loads(read_bytes(path, AGAIN))
         if fits(found, {"error": lambda value: isinstance(value, str), ...: lambda value: True}):
-            placed = all(is_number(found.get(name)) for name in ("epoch", "step", "lr"))
-            error = printable(found["error"])[:1000]
-            return {name: value for name, value in found.items() if placed or name != "lr"} | {"error": error}
+            if not all(is_number(found.get(name)) for name in ("epoch", "step", "lr")):
+                found.pop("lr", None)  # without which no place is told
+            return found | {"error": printable(found["error"])[:1000]}
     return {"error": f"{path} is damaged, so the reason is not known"}
 
 
@@ -329,11 +312,9 @@ def lock(folder, wait=lambda: False, message=lambda text: None):
 
 def load_network(run, head=0):
     """The trained network `head` of a finished run, in evaluation mode, on the CPU.
-
     It takes uint8 images (B, C, H, W), or floats from 0 to 1, and gives logits (B, N), or a tuple with those of every
     exit; it is a Sequential of the normalisation and the bare network. Where git has kept it alone, Net1 is one in
-    half precision. Raises UserError where no weights were kept.
-    """
+    half precision. Raises UserError where no weights were kept."""
     record = load(run)
     if not 0 <= head < len(run.nets):
         known = f"heads 0 to {len(run.nets) - 1}" if len(run.nets) > 1 else "one network: leave head at 0"
@@ -352,8 +333,7 @@ def load_network(run, head=0):
         raise CorruptFile(path, AGAIN) from None
 
 
-HALF = "net1_half.safetensors"
-"""Net1 in half precision: what git keeps of the weights of a few runs."""
+HALF = "net1_half.safetensors"  # Net1 in half precision: what git keeps of the weights of a few runs
 
 
 def write_half(record):

@@ -114,8 +114,7 @@ class Run:
                 raise UserError(message)
         height, width = dataset(self.dataset).image[1:]
         for net in self.nets:
-            least = SMALLEST_IMAGE.get(net, 1)
-            if min(height, width) < least:
+            if min(height, width) < (least := SMALLEST_IMAGE.get(net, 1)):
                 raise UserError(f"{net} needs images of {least}x{least} or more; {self.dataset} has {height}x{width}")
             if self.stem not in (stems := STEMS.get(net, ("cifar",))):
                 raise UserError(f"{net} has no stem {self.stem!r}: choose from {', '.join(stems)}")
@@ -136,9 +135,9 @@ class Run:
         from .data import dataset
         from .models import EXITS, MODELS
 
-        spec = dataset(self.dataset)
-        of_exits = {"blocks": self.blocks} if self.nets[slot] in EXITS else {}
-        network = MODELS[self.nets[slot]](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
+        spec, name = dataset(self.dataset), self.nets[slot]
+        of_exits = {"blocks": self.blocks} if name in EXITS else {}
+        network = MODELS[name](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
         if self.init == "pytorch":
             for layer in network.modules():
                 if hasattr(layer, "reset_parameters"):

@@ -116,13 +116,10 @@ def load(name):
     """The whole data set `name` as Images, downloaded first if need be.
     Raises MissingData when it is not here and cannot be downloaded, UserError when its files are damaged."""
     spec = dataset(name)
-    if spec.read:
-        return _verified(name, spec.read())
     if not spec.prepared:
-        return _from_torchvision(name)
+        return _verified(name, spec.read()) if spec.read else _from_torchvision(name)
     arrays, checksum = prepared.open_arrays(data_folder() / name)
-    with warnings.catch_warnings():  # torch would rather have arrays that may be written, which these must not be
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+    with warnings.catch_warnings(action="ignore"):  # torch asks for arrays that may be written: these must not be
         train, train_labels, test, test_labels = map(torch.from_numpy, arrays)
     train, test = (images.permute(0, 3, 1, 2) for images in (train, test))
     return Images(train, train_labels, test, test_labels, checksum, mapped=True)
@@ -145,9 +142,8 @@ def _digits(size):
     package = Path(importlib.util.find_spec("sklearn").origin).parent  # its import takes as long as a small training
     rows = torch.from_numpy(np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", np.uint8, delimiter=","))
     images = rows[:, :-1].float().view(-1, 1, 8, 8) * (255 / 16)
+    labels, n = rows[:, -1].long(), DATASETS["digits"].train
     images = F.interpolate(images, size=size, mode="bilinear", align_corners=False).round().to(torch.uint8)
-    labels = rows[:, -1].long()
-    n = DATASETS["digits"].train
     return images[:n], labels[:n], images[n:], labels[n:]
 
 
@@ -161,8 +157,7 @@ def _from_torchvision(name):
         with FileLock(root / f".{name}.lock"):
             found = _read(name)  # another process may have downloaded it meanwhile
             if found is None and any(where.glob("*")):
-                aside = where.with_name(f"{where.name}.corrupt")
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside := where.with_name(f"{where.name}.corrupt"), ignore_errors=True)
                 where.replace(aside)
                 state = f"damaged (it is now {aside.name})"
                 print(f"{where} was {state}", file=sys.stderr, flush=True)
@@ -206,8 +201,7 @@ def balanced_order(labels, seed=0):
     """A fixed order of the images in which every prefix holds the classes in equal parts, as near as it can."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = labels[shuffled].argsort(stable=True)
-    counts = labels.bincount()
-    rank = torch.cat([torch.arange(n) for n in counts])  # of each image within its class
+    rank = torch.cat([torch.arange(n) for n in labels.bincount()])  # of each image within its class
     return shuffled[by_class[rank.argsort(stable=True)]]
 
 
@@ -220,8 +214,7 @@ def splits(run, device):
     if held + (run.train_size or 1) > len(order):
         raise UserError(f"train_size {run.train_size} with holdout {held}: {run.dataset} has {len(order)} images")
     end = held + run.train_size if run.train_size else None
-    train = whole.train_images, whole.train_labels
-    resident = fits_on_device(whole, run.augment, device)
+    train, resident = (whole.train_images, whole.train_labels), fits_on_device(whole, run.augment, device)
 
     def split(images, labels, rows):
         mapped = MemoryMapped(images.permute(0, 2, 3, 1).contiguous(), rows, device)
@@ -252,5 +245,4 @@ def normalisation(split):
     counts, levels = counts.double().cpu(), torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
-    std = (share @ levels**2 - mean**2).sqrt()
-    return mean.float(), std.float()
+    return mean.float(), (share @ levels**2 - mean**2).sqrt().float()

@@ -28,10 +28,9 @@ def epoch_plan(run, epoch, n, device):
     choices = autoaugment.draw(n, g) if "autoaugment" in run.augment else ()
     if "rotate15" in run.augment:
         choices = (15 * (2 * torch.rand(n, generator=g) - 1),)
-    if "crop" not in run.augment:
-        offset.zero_()
-    if "flip" not in run.augment:
-        flip.zero_()
+    for name, choice in (("crop", offset), ("flip", flip)):
+        if name not in run.augment:
+            choice.zero_()
     return tuple(part.to(device) for part in (order, offset, flip, *choices))
 
 

@@ -26,8 +26,8 @@ class MemoryMapped:
 
     def __getitem__(self, chosen):
         """Images `chosen`, a slice or an index on any device, as one uint8 tensor on the device."""
-        rows = self.rows[chosen.cpu() if isinstance(chosen, torch.Tensor) else chosen]
-        return self.images.index_select(0, rows).to(self.device)
+        chosen = chosen.cpu() if isinstance(chosen, torch.Tensor) else chosen
+        return self.images.index_select(0, self.rows[chosen]).to(self.device)
 
     def resident(self):
         """All of the images on the device, (n, H, W, C)."""

@@ -28,10 +28,9 @@ def ensure(
 ):  # fmt: skip
     """Records of the runs, as a dict in their order: finished ones are loaded, unfinished resumed, missing trained.
 
-    A run with a damaged record is trained again; the damaged file becomes *.corrupt.
-    profile: the folder under results/ for new records. device: "auto", "cpu", "cuda" or "cuda:1".
+    A damaged record becomes *.corrupt, and its run is trained again. profile: the folder under results/ for new ones.
+    device: "auto", "cpu", "cuda" or "cuda:1". train: False only loads, and leaves out runs without a whole record.
     workers: runs trained at once, by default one per CPU core (one thread each) or GPU; more share the GPUs in turn.
-    train: False only loads; a run without a record, or with a damaged one, is then left out of the dict.
     budget: seconds after which training stops cleanly; only_whole gives a run up, with a checkpoint, as soon as its
     measured speed says that its training would not end in them. retry: train runs again that failed before.
     backend: "local", or "ray" for a Ray cluster, at ray_address or as `in_cluster` finds it, with gpus_per_run of its
@@ -48,7 +47,8 @@ def ensure(
         ray = partial(in_cluster, address=ray_address, gpus_per_run=gpus_per_run) if backend == "ray" else None
         damaged = lambda run: isinstance(records.damage(run, profile=profile), CorruptFile)
         pending = [run for run in runs if records.find(run) is None or damaged(run)]
-        train_all(pending, profile, device, workers, budget, only_whole, retry, ray, graphs)
+        more = dict(only_whole=only_whole, retry=retry, graphs=graphs)
+        train_all(pending, profile, device, workers, budget, ray, **more)
     found = {}
     for run in filter(records.find, runs):
         try:
@@ -68,28 +68,25 @@ def check_settings(runs, workers, budget, backend, ray_address, gpus_per_run):
     ]:
         if value is not None and not (isinstance(value, kind) and value >= least):
             raise UserError(f"{name} must be {what}, or None, not {value!r}")
-    if backend not in ("local", "ray"):
-        raise UserError(f"unknown backend {backend!r}: use local or ray")
-    if backend == "local" and (ray_address is not None or gpus_per_run is not None):
-        raise UserError("ray_address and gpus_per_run belong to the backend ray")
-    size = torchrun.size()
-    if size > 1 and (workers or backend == "ray"):
-        raise UserError("torchrun's processes train the runs together: leave out --workers and --backend ray")
-    if size > (most := max((len(run.nets) for run in runs), default=size)):
-        more = f"no run here has more than {most} network{'s' if most > 1 else ''}: use --nproc-per-node {most}"
-        raise UserError(f"torchrun started {size} processes, but {more}")
+    of_ray, size = (ray_address, gpus_per_run) != (None, None), torchrun.size()
+    most = max((len(run.nets) for run in runs), default=size)
+    more = f"no run here has more than {most} network{'s' if most > 1 else ''}: use --nproc-per-node {most}"
+    together = "torchrun's processes train the runs together: leave out --workers and --backend ray"
+    for bad, message in [
+        (backend not in ("local", "ray"), f"unknown backend {backend!r}: use local or ray"),
+        (backend == "local" and of_ray, "ray_address and gpus_per_run belong to the backend ray"),
+        (size > 1 and (workers or backend == "ray"), together),
+        (size > most, f"torchrun started {size} processes, but {more}"),
+    ]:
+        if bad:
+            raise UserError(message)
 
 
-def train_all(
-    pending, profile, device="auto", workers=None, budget=None, only_whole=False, retry=False, ray=None, graphs=True,
-    train_by=None,
-):  # fmt: skip
-    """Train the pending runs of a profile; see `ensure` and `workers.Job`; ray trains what waits in a Schedule.
-
+def train_all(pending, profile, device="auto", workers=None, budget=None, ray=None, **how):
+    """Train the pending runs of a profile; see `ensure` and, for what else there is, `Job`; ray trains a Schedule.
     A run that fails, whose data are missing, or whose block is of another kind of device, does not keep the others from
-    training; that is raised at the end. Runs on data that must be prepared are left out, and one line says so.
-    """
-    place, missing, refusal = None if ray else execution.pick_device(device), {}, None
+    training; that is raised at the end. Runs on data that must be prepared are left out, and one line says so."""
+    place, missing, of_all = None if ray else execution.pick_device(device), {}, f"of {len(pending)} runs"
     for name in dict.fromkeys(run.dataset for run in pending):
         try:
             data.download(name)
@@ -97,32 +94,31 @@ def train_all(
             missing[name] = error
     folder = results_folder(profile) / "runs"
     here = in_turns([run for run in pending if run.dataset not in missing], profile)
-    alike = trained_alike(here, profile, folder)
-    if refused := [run for run in here if place and alike[run][0] not in (None, place.type)]:
-        why = UNLIKE.format(alike[refused[0]][0])
-        refusal = f"{len(refused)} of {len(pending)} runs are refused on {place.type}: {why}"
+    begun = trained_alike(here, profile, folder)
+    if refused := [run for run in here if place and begun[run][0] not in (None, place.type)]:
+        refusal = f"{len(refused)} {of_all} are refused on {place.type}: {UNLIKE.format(begun[refused[0]][0])}"
         print(refusal, file=sys.stderr, flush=True)
         here = [run for run in here if run not in refused]
     workers, threads = (workers, 1) if ray else share(place, workers, len(here))
-    job = Job(folder, device, threads, time.time() + (budget or math.inf), only_whole, retry, alike, graphs, train_by)
-    outcomes = {}
+    job, outcomes = Job(folder, device, threads, time.time() + (budget or math.inf), begun, **how), {}
     if here:
         progress = Progress({run: cost(run) for run in here})
         with closing(progress.bar), interruptible() as stopped:
             schedule = Schedule(here, job, stopped, progress)
             (ray or (in_this_process if workers == 1 else in_workers))(schedule, workers)
             outcomes = schedule.outcomes
-    if failed := [e for e in outcomes.values() if isinstance(e, Exception) and not isinstance(e, Stopped)]:
-        raise UserError(f"{len(failed)} of {len(pending)} runs failed, the first: {failed[0]}")
-    if left := [run for run in here if isinstance(outcomes.get(run, Stopped()), Stopped)]:
-        raise Stopped(f"stopped with {len(left)} of {len(pending)} runs left; start again to go on")
-    if refusal:
+    left = [run for run in here if isinstance(outcomes.get(run, Stopped()), Stopped)]
+    if failed := [outcomes[run] for run in here if run not in left and isinstance(outcomes[run], Exception)]:
+        raise UserError(f"{len(failed)} {of_all} failed, the first: {failed[0]}")
+    if left:
+        raise Stopped(f"stopped with {len(left)} {of_all} left; start again to go on")
+    if refused:
         raise UserError(refusal)
     for name, error in missing.items():
         if not data.dataset(name).prepared:
             raise MissingData(f"{error}, or use --profile quick")
         rows = sum(run.dataset == name for run in pending)
-        print(f"{rows} of {len(pending)} runs not run: {error}", file=sys.stderr, flush=True)
+        print(f"{rows} {of_all} not run: {error}", file=sys.stderr, flush=True)
 
 
 def in_turns(runs, profile):
@@ -133,10 +129,8 @@ def in_turns(runs, profile):
 
 def share(place, workers, runs):
     """(how many of so many runs are trained at once, threads of each): by default each has a core, or a GPU meant.
-
-    OMP_NUM_THREADS bounds the threads; not under torchrun, which sets it to 1 by itself.
-    """
-    cpu, together = place.type == "cpu", torchrun.size() > 1  # torchrun's processes share the cores of their machine
+    OMP_NUM_THREADS bounds the threads, but under torchrun, which sets it to 1 and whose processes share the cores."""
+    cpu, together = place.type == "cpu", torchrun.size() > 1
     own = cpu_cores() if cpu else torch.cuda.device_count() if place.index is None else 1
     beside = int(os.environ["LOCAL_WORLD_SIZE"]) if together else workers or own
     most = None if together else whole_number("OMP_NUM_THREADS")
@@ -146,9 +140,7 @@ def share(place, workers, runs):
 
 def trained_alike(pending, profile, folder):
     """Run -> how its block was begun (`experiments.block`): (kind of device or None, whether in bfloat16 or None).
-
-    The first record of the block decides, or without one a checkpoint; None where they do not tell.
-    """
+    The first record of the block decides, or without one a checkpoint; None where they do not tell."""
     alike = dict.fromkeys(pending, (None, None))
     for dataset, seed in dict.fromkeys((run.dataset, run.seed) for run in pending):
         block = experiments.block(profile, dataset, seed)

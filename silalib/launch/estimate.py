@@ -15,26 +15,23 @@ from .progress import duration
 
 def seconds_left(left, records):
     """Run of `left` -> about how long its training takes on this machine: CPU seconds, on a GPU seconds.
-
-    From the records of the same networks that were trained on this kind of machine; without one, a step is timed.
-    """
+    From the records of the same networks that were trained on this kind of machine; without one, a step is timed."""
     device, seconds, units = execution.pick_device("auto"), Counter(), Counter()
     gpu = device.type == "cuda"
     for run, record in records.items():
-        origin = record.result["provenance"]
+        origin, net = record.result["provenance"], run.nets[0]
         if provenance.device_kind(origin) == device.type and (gpu or origin.get("amx") == execution.amx()):
-            seconds[run.nets[0]] += origin.get("seconds" if gpu else "cpu_seconds", 0)
-            units[run.nets[0]] += cost(run)
+            seconds[net] += origin.get("seconds" if gpu else "cpu_seconds", 0)
+            units[net] += cost(run)
     for run in left:
-        if not seconds[run.nets[0]]:
-            seconds[run.nets[0]], units[run.nets[0]] = timed_step(run, device), 1
+        if not seconds[net := run.nets[0]]:
+            seconds[net], units[net] = timed_step(run, device), 1
     return {run: cost(run) * seconds[run.nets[0]] / units[run.nets[0]] for run in left}
 
 
 def hours(seconds):
     """What `seconds_left` gives, in words: "12.5 core-hours"; where no CPU should do it, that too."""
-    device = execution.pick_device("auto").type
-    unit = "GPU" if device == "cuda" else "core"
+    unit = "GPU" if execution.pick_device("auto").type == "cuda" else "core"
     if seconds < 3600:
         return f"{duration(seconds)} of one {unit}"
     return f"{seconds / 3600:,.1f} {unit}-hours" + (", a task for GPUs" if unit == "core" and seconds > 4e6 else "")
@@ -42,8 +39,8 @@ def hours(seconds):
 
 def timed_step(run, device, images=32):
     """Seconds that a unit of `cost` takes here: a run's first network forward and backward, on made-up images."""
-    net = trainer.build(run, 0).to(device, memory_format=torch.channels_last)
-    batch = torch.rand(images, *data.dataset(run.dataset).image).to(device, memory_format=torch.channels_last)
+    net, batch = trainer.build(run, 0), torch.rand(images, *data.dataset(run.dataset).image)
+    net, batch = (each.to(device, memory_format=torch.channels_last) for each in (net, batch))
     dtype = execution.precision(run.nets[0], device, execution.bfloat16_pays(device))
     times, clock = [], time.perf_counter if device.type == "cuda" else time.process_time
     with execution.one_thread():
@@ -65,8 +62,7 @@ def cost(run):
     return run.epochs * forward * (3 * (run.train_size or spec.train) + spec.test)
 
 
-@cache
+@cache  # runs share theirs, as it takes a while to build a network
 def forward_macs(dataset, net, width, stem, blocks):
-    """Multiply-accumulates of a network for one image; runs share theirs, as it takes a while to build one."""
     run = Run(dataset, net, "ind", width=width, stem=stem, blocks=blocks)
     return count_macs(trainer.build(run, 0), data.dataset(dataset).image)

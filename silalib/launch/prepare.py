@@ -1,9 +1,7 @@
 """Prepare a folder of images, train/<class>/* and val/<class>/*, as a data set: decoded once, into uint8 arrays.
 
-Until dataset.json marks them as complete, shards/ holds plan.json, decoded images and, once all are decoded,
-skipped.json. Then each shard is copied to its place in the array, flushed and only then removed: a start after any
-interruption ends with the same bytes, and the disk needs room for one shard more than the result.
-"""
+shards/ holds plan.json, decoded images and, once all are decoded, skipped.json. Each shard is then copied into its
+array, flushed and only then removed: what resumes after any interruption ends with the same bytes."""
 
 import os
 import re
@@ -21,30 +19,24 @@ from tqdm import tqdm
 
 from ..data import DATASETS, data_folder, load
 from ..data.prepared import FILES, checksums, describe, verify
-from ..errors import CorruptFile, MissingData, Stopped, UserError, printable
+from ..errors import CorruptFile, Stopped, UserError, printable
 from ..files import quarantine, read_sealed, sha256, to_npy, unwritable, write_atomically, write_sealed
 from .processes import cpu_cores, finished, interruptible
 
-IMAGE = re.compile(r".+\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)", re.IGNORECASE | re.DOTALL)
-JUNK = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-
-
-def junk(name):
-    """Whether a file or folder is not the user's but of a program that was there: hidden, or of a known name."""
-    return name.startswith(".") or name in JUNK
+IMAGE = re.compile(r"[^.].*\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)", re.IGNORECASE | re.DOTALL)
+JUNK = re.compile(r"\..*|__MACOSX|__pycache__|@eaDir|\$RECYCLE\.BIN|System Volume Information|lost\+found", re.DOTALL)
+"""Folders that are not the user's but of a program that was there: hidden, or of a known name."""
 
 
 def list_images(source, first=None):
     """(names of the classes, {"train", "test"} -> [(path below `source`, number of its class), ...]).
-
     val/ may also hold the images themselves where ImageNet's `ground_truth` is found.
-    first: only so many classes, the first WordNet ids. Raises UserError for a folder of another form.
-    """
+    first: only so many classes, the first WordNet ids. Raises UserError for a folder of another form."""
     train, val = source / "train", source / "val"
     for folder in (source, train, val):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: give the one that holds train/ and val/")
-    below = lambda folder: sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not junk(entry.name))
+    below = lambda folder: sorted(e.name for e in os.scandir(folder) if e.is_dir() and not JUNK.fullmatch(e.name))
     classes, in_val = below(train), below(val)
     if not classes:
         raise UserError(f"{train} has no folders: it needs one for each class")
@@ -54,35 +46,31 @@ def list_images(source, first=None):
             raise UserError(f"{train} has {len(classes)} class folders such as n01440764: {first} are needed")
     elif unknown := sorted(set(in_val) - set(classes)):
         raise UserError(f"{val / unknown[0]} is of a class that {train} does not have")
-    images = {"train": _in_folders(train, classes), "test": (_in_folders if in_val else _flat)(val, classes)}
+    in_folders = lambda split: [(path, i) for i, name in enumerate(classes) for path in _below(split / name, source)]
+    images = {"train": in_folders(train), "test": in_folders(val) if in_val else _flat(val, source, classes)}
     for folder, rows in zip((train, val), images.values()):
         if lacking := set(range(len(classes))) - {label for _, label in rows}:
             raise UserError(f"class {classes[min(lacking)]} has no images in {folder}")
     return classes, images
 
 
-def _below(folder):
-    """The names of the images in a folder and in those below, from that above it, sorted."""
+def _below(folder, source):
+    """The paths of the images in a folder and in those below, from `source`, sorted."""
     found = []
     for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not junk(name)]
-        found += [Path(where, name) for name in names if IMAGE.fullmatch(name) and not junk(name)]
-    return sorted(path.relative_to(folder.parent).as_posix() for path in found)
+        folders[:] = [name for name in folders if not JUNK.fullmatch(name)]
+        found += [Path(where, name) for name in names if IMAGE.fullmatch(name)]
+    return [path.relative_to(source).as_posix() for path in sorted(found)]
 
 
-def _in_folders(folder, classes):
-    """The images in the folders of the classes and in folders below, sorted in each class."""
-    return [(f"{folder.name}/{path}", label) for label, name in enumerate(classes) for path in _below(folder / name)]
-
-
-def _flat(val, classes):
+def _flat(val, source, classes):
     """The images of a val/ without class folders, sorted by class."""
-    truth, rows = ground_truth(val), []
-    for path in _below(val):
-        if Path(path).stem not in truth:
-            raise UserError(f"{val.parent / path} is not in ImageNet's ground truth")
-        rows.append((path, truth[Path(path).stem]))
-    return [(path, label) for label, name in enumerate(classes) for path, truly in rows if truly == name]
+    truth, labels, rows = ground_truth(val), {name: i for i, name in enumerate(classes)}, []
+    for path in _below(val, source):
+        if (name := truth.get(Path(path).stem)) is None:
+            raise UserError(f"{source / path} is not in ImageNet's ground truth")
+        rows += [(path, labels[name])] if name in labels else []
+    return sorted(rows, key=lambda row: row[1])
 
 
 def ground_truth(val):
@@ -90,7 +78,7 @@ def ground_truth(val):
     for base in (val.parent, *val.parent.resolve().parents[:3]):
         if (solution := base / "LOC_val_solution.csv").is_file():
             row = r"ImageId,PredictionString|(ILSVRC2012_val_\d{8}),(n\d{8})(\s.*)?"
-            return {found[1]: found[2] for _, found in _lines(solution, row) if found[1]}
+            return {found[1]: found[2] for found in _lines(solution, row) if found[1]}
         for devkit in ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data", "."):
             numbers, meta = (base / devkit / n for n in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
             if numbers.is_file() and meta.is_file():
@@ -98,32 +86,31 @@ def ground_truth(val):
 
                 try:
                     synsets = loadmat(meta, squeeze_me=True)["synsets"]
-                    ids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+                    ids = {str(int(synset["ILSVRC2012_ID"])): str(synset["WNID"]) for synset in synsets}
                 except Exception:  # scipy raises many kinds
                     raise UserError(f"{meta} is damaged: take it from ImageNet's devkit again") from None
-                lines = _lines(numbers, "|".join(map(str, ids)))
-                return {f"ILSVRC2012_val_{i:08d}": ids[int(found[0])] for i, (_, found) in enumerate(lines, 1)}
+                found = enumerate(_lines(numbers, "|".join(ids)), 1)
+                return {f"ILSVRC2012_val_{i:08d}": ids[number[0]] for i, number in found}
     needed = f"put ILSVRC2012_devkit_t12/ (unpacked) or LOC_val_solution.csv into {val.parent}"
     raise UserError(f"{val} has no class folders: {needed}, so that its images can be told apart")
 
 
 def _lines(path, pattern):
-    """(number, match) of each line that is not blank. Raises UserError for one that is of another form."""
-    pattern = re.compile(pattern)
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        text = line.decode(errors="replace").strip()
-        if text and not pattern.fullmatch(text):
-            raise UserError(f"{path}, line {number}: {text[:60]!r} is not of ImageNet's ground truth: take it again")
-        if text:
-            yield number, pattern.fullmatch(text)
+    """The match of each line that is not blank. Raises UserError for one that is of another form."""
+    matches = []
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
+        if text := line.strip():
+            matches.append(re.fullmatch(pattern, text))
+            if not matches[-1]:
+                where = f"{path}, line {number}: {text[:60]!r}"
+                raise UserError(f"{where} is not of ImageNet's ground truth: take it again")
+    return matches
 
 
 def decode(path, size, square=None):
     """The image as uint8 RGB (size, size, 3): resized with Pillow's bilinear filter, then its centre; no transparency.
-
     square: resized to (square, square), whatever its shape; by default the shorter side is resized to `size`. Of an
-    image longer than 16 times its width only the middle is resized. Raises ValueError as `in_8_bits` does.
-    """
+    image longer than 16 times its width only the middle is resized. Raises ValueError as `in_8_bits` does."""
     with Image.open(path) as image:
         image = in_8_bits(image).convert("RGB")
     if max(image.size) > (longest := 16 * min(image.size)):
@@ -140,10 +127,8 @@ BITS, LARGEST_VALUES, PHOTOMETRIC = 258, (281, 341), 262  # TIFF's tags
 
 def in_8_bits(image):
     """An image whose channels have more than 8 bits in 8, from black to the largest value of its kind or of its tags.
-
     Floats are from 0 to 1. Raises ValueError where the range cannot be told: of 32 bits without a tag, and of a TIFF
-    of 16 bits that leaves the upper half of its range empty, as one of 14 bits does.
-    """
+    of 16 bits that leaves the upper half of its range empty, as one of 14 bits does."""
     tags, several = getattr(image, "tag_v2", {}), image.mode[0] not in "IF"
     bits = max(tags.get(BITS, (8 if several else 16,)))
     if several and bits <= 8:
@@ -154,22 +139,19 @@ def in_8_bits(image):
     top = told or (1 if image.mode == "F" else 255 if several else 2**bits - 1)
     sure = told or top == 1 or (bits <= 16 and (image.format != "TIFF" or values[..., :3].max() > top / 2))
     if not sure or not 0 <= values.min() <= values.max() <= top:
-        raise ValueError(
-            f"the range of its {bits}-bit pixels cannot be told: save it in 8 bits, or with SMaxSampleValue"
-        )
+        how = "save it in 8 bits, or with SMaxSampleValue"
+        raise ValueError(f"the range of its {bits}-bit pixels cannot be told: {how}")
     values = top - values if tags.get(PHOTOMETRIC) == 0 else values
     return image if several else Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
 def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128):
     """Make the data set `name` of the images in the folder `source`, or resume where an interrupted call ended.
-
     "imagenet100" takes the first hundred classes of an ImageNet at 224 pixels: resized to 256x256, the centre cut out.
     Any other name takes all classes at `size` pixels: the shorter side resized to it, the centre cut out.
     skip_broken: leave out images that cannot be decoded. workers: threads, by default one per CPU core. chunk: images
     in a shard. Where the data set is complete, its content is verified. Raises Stopped after SIGINT or SIGTERM,
-    UserError for what the user can mend; nothing that is decoded gets lost.
-    """
+    UserError for what the user can mend; nothing that is decoded gets lost."""
     taken = {*DATASETS, "folder", *(Path(spec.folder).parts[0].lower() for spec in DATASETS.values() if spec.folder)}
     title, square, first = name, None, None
     if name == "imagenet100":
@@ -185,7 +167,9 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            if not _complete(folder, plan):
+            if (folder / "dataset.json").exists():
+                _check(folder, plan)
+            if not (folder / "dataset.json").exists():
                 shards, skipped = _decode_all(images, source, folder, plan, chunk, skip_broken, workers)
                 _finish(folder, {"title": title, "classes": classes}, plan, shards, skipped)
             shutil.rmtree(folder / "shards", ignore_errors=True)
@@ -196,19 +180,15 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128)
     load.cache_clear()
 
 
-def _complete(folder, plan):
-    """Whether the folder is prepared and whole. Damage becomes *.corrupt; another plan raises UserError."""
+def _check(folder, plan):
+    """Verify a complete data set. What is damaged, and dataset.json, becomes *.corrupt; another plan is a UserError."""
     try:
         if describe(folder)["plan"] != plan:
             raise UserError(f"{folder} was prepared from other files or at another size: delete it, or change --name")
         verify(folder)
-        return True
-    except MissingData:
-        return False
     except CorruptFile as error:
         print(f"{quarantine(error, 'dataset.json')}: all is decoded again", file=sys.stderr)
         shutil.rmtree(folder / "shards", ignore_errors=True)
-        return False
 
 
 def _decode_all(images, source, folder, plan, chunk, skip_broken, workers):
@@ -221,22 +201,19 @@ def _decode_all(images, source, folder, plan, chunk, skip_broken, workers):
         write_sealed(place / "plan.json", begun)
     if read_sealed(place / "plan.json", anew) != begun:
         raise UserError(f"{folder} is half prepared from other files or at another size: {anew}")
-    shards = {
-        split: {place / f"{split}-{i // chunk:05d}.npy": rows[i : i + chunk] for i in range(0, len(rows), chunk)}
-        for split, rows in images.items()
-    }
+    file = lambda split, i: place / f"{split}-{i // chunk:05d}.npy"
+    parts = lambda split, rows: {file(split, i): rows[i : i + chunk] for i in range(0, len(rows), chunk)}
+    shards = {split: parts(split, rows) for split, rows in images.items()}
     if not (place / "skipped.json").exists():
         broken = _decode_missing(shards["train"] | shards["test"], source, plan, workers)
-        paths = [[path for path, _ in rows] for rows in images.values()]
-        skipped = [path for some in paths for path in some if path in broken]
-        for path in skipped:
+        for path in sorted(broken):
             print(printable(f"broken: {source / path}: {broken[path]}"), file=sys.stderr)
-        if skipped and not skip_broken:
+        if broken and not skip_broken:
             how = "mend them and start again, or leave them out with --skip-broken; the others are decoded"
-            raise UserError(f"{len(skipped)} of {sum(map(len, paths))} images are broken: {how}")
-        if any(broken.keys() >= set(some) for some in paths):
+            raise UserError(f"{len(broken)} of {sum(map(len, images.values()))} images are broken: {how}")
+        if any(broken.keys() >= {path for path, _ in rows} for rows in images.values()):
             raise UserError(f"{source} has no image that can be decoded in train/ or in val/")
-        write_sealed(place / "skipped.json", skipped)
+        write_sealed(place / "skipped.json", sorted(broken))
     return shards, read_sealed(place / "skipped.json", anew)
 
 
@@ -244,8 +221,8 @@ def _decode_missing(shards, source, plan, workers):
     """Decode the shards (file -> its images) that are not whole. Returns {path: error} of the broken images."""
     missing, broken = {file: rows for file, rows in shards.items() if len(_read(file)) < len(rows)}, {}
     total, left = (sum(map(len, some.values())) for some in (shards, missing))
-    first = next(iter(shards))  # no shard is larger
-    needed, free = (left + len(shards[first])) * 3 * plan["size"] ** 2, shutil.disk_usage(first.parent).free
+    first, largest = next(iter(shards.items()))
+    needed, free = (left + len(largest)) * 3 * plan["size"] ** 2, shutil.disk_usage(first.parent).free
     if left and needed > free:
         room = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         raise UserError(f"{first.parents[1]} {room}: make room, or set SILALIB_DATA to a folder on a larger disk")
@@ -255,7 +232,7 @@ def _decode_missing(shards, source, plan, workers):
         interruptible() as stopped,
         ThreadPoolExecutor(workers or cpu_cores()) as pool,  # Pillow decodes without Python's lock
     ):
-        futures = {pool.submit(_decode_shard, *item, source, plan): len(item[1]) for item in missing.items()}
+        futures = {pool.submit(_decode_shard, *shard, source, plan): len(shard[1]) for shard in missing.items()}
         for future, n in finished(futures, stopped):
             broken |= future.result()
             bar.update(n)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def cpu_cores():
     """CPU cores that this process may use: the least of affinity, its cgroup's quota and SLURM's share of a task."""
     with warnings.catch_warnings(action="ignore"):  # about shared memory
-        from joblib import cpu_count  # which scikit-learn has brought
+        from joblib import cpu_count
     return min(cpu_count(), whole_number("SLURM_CPUS_PER_TASK") or cpu_count())
 
 
@@ -42,17 +42,16 @@ def interruptible():
 
 
 def finished(futures, stopped, tick=lambda: None):
-    """Pop each future from the dict `futures` when it ends, and yield it with its value; others may be added meanwhile.
-
-    tick() is called several times a second. Once `stopped` is set, or the loop left, what has not begun is cancelled.
-    """
+    """Pop each future from the dict `futures` when it ends, and yield it with its value; tick(), which is called first
+    and several times a second, may add others. Once `stopped` is set, or the loop left, what waits is cancelled."""
     try:
+        tick()
         while futures:
-            tick()
             for future in wait(futures, 0.05, FIRST_COMPLETED).done:
                 yield future, futures.pop(future)
             for future in [future for future in futures if stopped.is_set() and future.cancel()]:
                 del futures[future]
+            tick()
     finally:
         for future in futures:
             future.cancel()

@@ -12,10 +12,8 @@ HEARTBEAT_SECONDS = 30  # how often a log file hears of runs that have not ended
 def duration(seconds):
     """12 s, 3 min 05 s, 2 h 07 min, 5 days, over a year."""
     seconds, days = round(seconds), round(seconds / 86400)
-    if seconds < 60:
-        return f"{seconds} s"
     if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
+        return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
     if seconds < 48 * 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
     return f"{days} days" if days <= 365 else "over a year"
@@ -37,15 +35,13 @@ class Progress:
         self.started = self.last_line = clock()
         self.notebook = hasattr(sys.modules.get("ipykernel"), "kernelapp")  # whether this is a Jupyter kernel
         hidden = not (self.notebook or sys.stderr.isatty()) or bool(os.environ.get("TQDM_DISABLE"))
-        bar = "{bar}" if self.notebook else "{bar:10}"  # a terminal's would shrink to nothing beside the text
-        bar = f"{{percentage:3.0f}}%|{bar}| {{elapsed}}{{postfix}}"
+        width = "" if self.notebook else ":10"  # a terminal's would shrink to nothing beside the text
+        bar = "{percentage:3.0f}%|{bar" + width + "}| {elapsed}{postfix}"
         self.bar = tqdm(total=100, bar_format=bar, leave=False, disable=hidden)
 
     def message(self, run, text=None, step=0, total=1, top1=None, resumed=False, final=None):
-        """One message of a run in progress."""
         if text:
-            self.line(f"{run}: {text}")
-            return
+            return self.line(f"{run}: {text}")
         self.share[run] = 0.99 * step / total  # what comes after training counts as the last hundredth
         epochs = f"epoch {run.epochs * step / total:.1f} of {run.epochs}"
         if resumed:
@@ -63,8 +59,7 @@ class Progress:
 
     def finish(self, run, outcome):
         """A run has ended: `outcome` is its accuracy, or why there is none."""
-        self.share[run] = 1.0
-        self.ended += 1
+        self.share[run], self.ended = 1.0, self.ended + 1
         left = self.left() if self.bar.disable else ""  # the bar shows it, and a line should fit a terminal
         self.line(f"{self.ended}/{len(self.costs)} runs, {left}{run}: {outcome}")
 
@@ -75,9 +70,8 @@ class Progress:
         """Time left, from what was trained since the start."""
         done, elapsed = self.weighted(self.share), self.clock() - self.started
         trained = done - self.weighted(self.at_start)
-        if trained < 0.01 or elapsed < 3 or done >= 1:
-            return ""
-        return f"{duration(elapsed / trained * (1 - done))} left, "
+        told = trained >= 0.01 and elapsed >= 3 and done < 1
+        return f"{duration(elapsed / trained * (1 - done))} left, " if told else ""
 
     def line(self, text):
         self.last_line = self.clock()

@@ -1,8 +1,7 @@
 """Runs over the machines of a Ray cluster: each is a task, resubmitted when its worker or machine dies.
 
-The driver holds a run's lock and writes its record. Checkpoints lie in the results folder where the worker sees it,
-so that a resubmitted run resumes; else in a scratch folder of the worker, from which those of a stopped run come back.
-"""
+The driver holds a run's lock and writes its record. Checkpoints lie in the results folder where the worker sees it, so
+that a resubmitted run resumes; else in the worker's scratch folder, from which those of a stopped run come back."""
 
 import os
 import re
@@ -10,6 +9,7 @@ import socket
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,29 +28,24 @@ LISTEN_SECONDS = 0.5  # how often a worker asks whether to stop
 
 def in_cluster(schedule, workers, address=None, gpus_per_run=None, shared=True):
     """Train what waits in the schedule on a Ray cluster; `workers` runs at a time, or None for all.
-
     address None: the cluster of RAY_ADDRESS or the one started on this machine, else one is started for the time.
     gpus_per_run, a fraction is fine: by default one where the cluster has GPUs and the device is not the CPU.
-    shared: False where no worker sees the results folder; by default each finds out.
-    """
+    shared: False where no worker sees the results folder; by default each finds out."""
     try:
         import ray
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
-    joined = ray.is_initialized()
-    try:
-        if not joined:
+    with ExitStack() as at_end:
+        if not ray.is_initialized():
+            at_end.callback(ray.shutdown)
             join(ray, address)
-        resources, machines = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
-        cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+        machines = sum(node["Alive"] for node in ray.nodes())
+        cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
         schedule.progress.line(f"Ray: {machines} machines, {cpus:g} CPU cores, {gpus:g} GPUs")
         each = (gpus > 0 and schedule.job.device != "cpu") if gpus_per_run is None else gpus_per_run
         if each > gpus:
             raise UserError(f"{each:g} GPUs a run, but the cluster has {gpus:g}")
         submit_all(ray, schedule, workers or len(schedule.waiting), float(each), shared)
-    finally:
-        if not joined:
-            ray.shutdown()
 
 
 def join(ray, address):
@@ -91,9 +86,11 @@ def submit_all(ray, schedule, workers, gpus, shared):
             raise result
         return result, files
 
-    stopped, tell = schedule.stopped.is_set, lambda **message: messages.put(message)
+    def submit(job, run):
+        tell = lambda **message: messages.put(message)
+        return pool.submit(attempt, replace(job, train_by=by_task), run, schedule.stopped.is_set, tell)
+
     with ThreadPoolExecutor(workers) as pool:
-        submit = lambda job, run: pool.submit(attempt, replace(job, train_by=by_task), run, stopped, tell)
         in_pool(schedule, workers, submit, messages, lambda: stops.empty() and stops.put(True))
 
 
@@ -111,7 +108,7 @@ def train(job, run, place, device, how, messages, stops):
         raise UserError(f"{run}: {UNLIKE.format(kind)}")
     data.download(run.dataset)  # this machine may have another data folder than the driver's
     torch.set_num_threads(job.threads)
-    asked, answer = 0.0, None
+    asked, answer, tell = 0.0, None, lambda **message: messages.put(message)
 
     def stop():
         nonlocal asked, answer
@@ -127,7 +124,6 @@ def train(job, run, place, device, how, messages, stops):
             for name, content in saved.items():
                 (folder / name).write_bytes(content)
         try:
-            tell = lambda **message: messages.put(message)
             return (job.train_by or trainer.train)(run, folder, device, stop=stop, progress=tell, **how)
         except Stopped as error:
             return error.with_traceback(None), {} if shared else saved_in(folder)

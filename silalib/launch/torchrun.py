@@ -35,29 +35,26 @@ def pick_device(name):
 @contextmanager
 def leading(device):
     """In the first of torchrun's processes: all of them train what is trained meanwhile.
-
-    The others are released at the end, and by a UserError; after any other error, torchrun ends them.
-    """
+    The others are released at the end, and by a UserError; after any other error, torchrun ends them."""
     if size() == 1:
         yield
         return
     connect(device)
     try:
         yield
-        say(None)
-        dist.destroy_process_group()
     except UserError:
         say(None)
         raise
+    say(None)
+    dist.destroy_process_group()
 
 
 def connect(device):
-    """Join the processes that torchrun has started."""
+    """Join the processes that torchrun has started, which ends all when one dies: they wait as long as it takes."""
     device, backend = pick_device(device), "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count() else "gloo"
-    # processes wait for each other as long as it takes; torchrun ends them all when one dies
     dist.init_process_group(backend, timeout=timedelta(days=7))
 
 

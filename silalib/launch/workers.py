@@ -36,9 +36,9 @@ class Job:
     device: str
     threads: int = 1
     deadline: float = math.inf  # of time.time()
+    begun: dict = field(default_factory=dict)  # run -> what `trained_alike` says of it
     only_whole: bool = False
     retry: bool = False
-    begun: dict = field(default_factory=dict)  # run -> what `trained_alike` says of it
     graphs: bool = True
     train_by: Callable | None = None  # in place of `trainer.train`
 
@@ -67,8 +67,8 @@ class Job:
                     raise
                 records.write_record(run, folder, *made)
             record = records.load(run, profile=profile)
-        seconds = record.result["provenance"]["seconds"]
-        return f"top-1 {numbers(head['top1'] for head in record.heads)} in {duration(seconds)}"
+        accuracy = numbers(head["top1"] for head in record.heads)
+        return f"top-1 {accuracy} in {duration(record.result['provenance']['seconds'])}"
 
 
 def attempt(job, run, stopped, tell):
@@ -81,10 +81,9 @@ def attempt(job, run, stopped, tell):
         return UserError(f"{run}: {error.strerror or error} ({error.filename or 'results folder'})")
     except Exception as error:  # whatever it is, the other runs go on
         if re.search(r"out of memory|ALLOC(ATION)?_FAILED|unable to find an engine", str(error)):
-            full = f"out of GPU memory at batch size {run.batch_size}"
-            return UserError(f"{run}: {full}: use fewer --workers or --device cpu")
-        folder = job.folder / run.key
-        line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            how = "use fewer --workers or --device cpu"
+            return UserError(f"{run}: out of GPU memory at batch size {run.batch_size}: {how}")
+        folder, line = job.folder / run.key, f"{type(error).__name__}: {error}".strip().splitlines()[0]
         with suppress(UserError, OSError):
             records.write_failure(folder, line, traceback=traceback.format_exc())
         text = f"{run}: {line} (an internal error; more in {folder / 'failed.json'})"
@@ -121,15 +120,16 @@ class Schedule:
             self.progress.message(run=run, text=f"{outcome}: done again without, in another process")
             return False
         self.outcomes[run] = outcome
+        failed = isinstance(outcome, Exception)
         if isinstance(outcome, (NoRoom, NoDevice)):  # the other runs have none either
             self.stopped.set()
-        if not isinstance(outcome, Exception):
-            with suppress(UserError):
+        with suppress(UserError):
+            if not failed:
                 origin = records.load(run).result["provenance"]
                 speed = (origin["seconds"] + origin["seconds_final"]) / cost(run)
                 self.seconds[run.nets[0]] = max(speed, self.seconds.get(run.nets[0], 0))
         if not isinstance(outcome, Stopped):
-            self.progress.finish(run, f"failed: {outcome}" if isinstance(outcome, Exception) else outcome)
+            self.progress.finish(run, f"failed: {outcome}" if failed else outcome)
         return not isinstance(outcome, ProcessSpoilt)
 
 
@@ -179,10 +179,8 @@ def in_pool(schedule, workers, submit, messages, stop):
             futures[submit(job, run)] = run
 
     try:
-        tick()
         for future, run in finished(futures, schedule.stopped, tick):
             sound = schedule.end(run, future.result()) and sound
-            tick()
     finally:
         stop()
 
