@@ -6,7 +6,7 @@ import time
 
 from ..errors import printable
 
-HEARTBEAT_SECONDS = 30  # how often a log file hears of runs that have not ended
+HEARTBEAT_SECONDS = 5  # how often a log file hears of runs that have not ended
 
 
 def duration(seconds):
