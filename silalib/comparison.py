@@ -1,5 +1,4 @@
 """`compare`: does SiLa help on one's own network and data? Methods paired by seed, trained by the project's one loop.
-
 Weights depend on the seed and the slot; order, augmentation and dropout on the seed and the epoch or step. So two
 methods of one seed differ in their loss alone."""
 
@@ -37,10 +36,9 @@ def compare(make_network, train_set, test_set, *, epochs, methods=("ind", "sila"
             networks=2, batch_size=64, optimizer=None, schedule=None, forward=None, metrics=None, equal_compute=True,
             device="auto", folder=None, budget=None, progress=True):  # fmt: skip
     """Train new networks with each method and seed, and judge by top-1 whether each method beats IND.
-
     make_network() makes a network with logits (B, N), or a tuple of them, its exits; or one such function a network.
-    train_set, test_set: a Dataset, a pair of tensors (x, y) or a DataLoader, whose sampler alone is not used.
-    A batch is (inputs ..., labels (B,)), or a dictionary with "labels".
+    train_set, test_set: a Dataset, a pair of tensors (x, y) or a DataLoader, whose sampler alone is not used. A batch
+    is (inputs ..., labels (B,)), or a dictionary with "labels".
     methods: names in `losses.METHODS`, or a dictionary name -> such a name or loss(list of logits, labels). IND is
     always trained, with equal_compute also for `networks` times the epochs. seeds: how many, or a list.
     optimizer(network): by default AdamW at 1e-3. schedule(optimizer, steps): stepped after each batch, by default a
@@ -76,18 +74,19 @@ def compare(make_network, train_set, test_set, *, epochs, methods=("ind", "sila"
     trainer.check_usable(device)
     arms = {name: (value if callable(value) else METHODS[value], epochs) for name, value in losses.items()}
     arms |= {longer: (arms[ind][0], networks * epochs)} if equal_compute and networks > 1 else {}
-    shared = dict(makers=makers, call=forward, metrics=dict(metrics or {}), device=device)
+    shared = dict(nets=makers, call=forward, metrics=dict(metrics or {}), device=device, result=None)
     shared["new_optimizer"] = optimizer or (lambda network: torch.optim.AdamW(network.parameters(), lr=1e-3))
     shared["new_schedule"] = schedule or warmup_and_cosine
     with generators_kept([device] if device.type == "cuda" else []), no_search():
-        for name, given, size in (("train", train_set, batch_size), ("test", test_set, max(batch_size, 500))):
-            shared[name] = Samples(f"{name}_set", given, size, device)
+        train = Samples("train_set", train_set, batch_size, device)
+        test = Samples("test_set", test_set, max(batch_size, 500), device)
+        shared |= dict(splits={"train": train, "test": test}, batch_size=train.size, eval_batch=test.size)
         tasks = [Task(method=name, loss=loss, epochs=n, seed=seed, **shared)
                  for seed in seeds for name, (loss, n) in arms.items()]  # fmt: skip
         rehearse(tasks)
         with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
-            results = train_all(tasks, Path(place), folder, budget, progress)
-    return Comparison(tasks, [name for name in (ind, longer) if name in arms], results)
+            train_all(tasks, Path(place), folder, budget, progress)
+    return Comparison(tasks, [name for name in (ind, longer) if name in arms])
 
 
 def warmup_and_cosine(optimizer, steps):
@@ -99,15 +98,14 @@ def warmup_and_cosine(optimizer, steps):
 def rehearse(tasks):
     """Do on throwaway networks what each method's training does: what is wrong is told before it begins."""
     first = list({task.method: task for task in reversed(tasks)}.values())
-    train, test = tasks[0].train, tasks[0].test
+    train, test = tasks[0].splits.values()
     with told("make_network"):
-        nets = [tasks[0].network(slot).to(train.device).train() for slot in [*range(len(tasks[0].makers)), 0]]
+        nets = [tasks[0].network(slot).to(train.device).train() for slot in [*range(len(tasks[0].nets)), 0]]
     weights = [list(net.parameters()) for net in nets]
     if not all(weights) or len({id(p) for own in weights for p in own}) < sum(map(len, weights)):
         raise UserError("make_network must make a new network, with parameters of its own, whenever it is called")
     dropout = any(isinstance(module, _DropoutNd) for net in nets for module in net.modules())
-    same = any(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in combinations(weights[:-1], 2))
-    if same and not dropout:
+    if not dropout and any(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in combinations(weights[:-1], 2)):
         warnings.warn("two networks start with equal weights, without dropout: IND keeps them equal", stacklevel=3)
     rows = torch.arange(len(train) % train.size or train.size)
     batch = next(train.batches(rows, len(rows)))
@@ -116,10 +114,9 @@ def rehearse(tasks):
     counts, labels = sorted({z.shape[1] for own in outputs for z in own}), torch.cat([train.labels, test.labels])
     if len(counts) > 1:
         raise UserError(f"networks for {' and '.join(map(str, counts))} classes: all must have the same classes")
-    if labels.min() < 0 or labels.max() >= counts[0]:
-        span = f"labels from {labels.min()} to {labels.max()}"
-        raise UserError(f"{span} for networks with {counts[0]} classes: they must be 0 to {counts[0] - 1}")
-    shapes = [{name: tuple(value.shape) for name, value in net.state_dict().items()} for net in nets]
+    low, high, n = *labels.aminmax(), counts[0]
+    if low < 0 or high >= n:
+        raise UserError(f"labels from {low} to {high} for networks with {n} classes: they must be 0 to {n - 1}")
     for task in tasks:
         task.heads = [(net, exit) for net, own in enumerate(outputs, 1) for exit in range(1, len(own) + 1)]
     for task in first:
@@ -132,10 +129,9 @@ def rehearse(tasks):
             if idle or not all(z.isfinite().all() for z in logits):
                 raise UserError(f"{task.method!r} leaves a network without a gradient, or not finite after one step")
             task.measured(logits)
-    optimizers = [optimizer for optimizer, _ in training.optimizer.pairs]
-    groups = [{k: v for k, v in group.items() if k != "params"} for each in optimizers for group in each.param_groups]
-    for task in tasks:
-        task.recipe = described([shapes, [str(net) for net in nets], list(map(type, optimizers)), groups])
+    shapes = [{name: tuple(value.shape) for name, value in net.state_dict().items()} for net in nets]
+    for task in tasks:  # an optimizer's text has its settings
+        task.recipe = described([shapes, list(map(str, nets)), [str(optimizer) for optimizer, _ in training.optimizer]])
 
 
 def finished(folder):
@@ -145,72 +141,75 @@ def finished(folder):
 
 
 def train_all(tasks, place, folder, budget, progress):
-    """(method, seed) -> what its training gave, of as many as the budget allows, breadth first over the seeds."""
+    """Give as many tasks their `result` as the budget allows, breadth first over the seeds."""
     with told("folder"):
         place.mkdir(parents=True, exist_ok=True)
-    results = {(task.method, task.seed): found for task in tasks if (found := finished(place / task.key))}
-    left = [task for task in tasks if (task.method, task.seed) not in results]
-    total, done = sum(task.epochs for task in left), f"; {len(results)} more are in {folder}" if results else ""
-    bar = Progress({task: task.epochs for task in left}) if progress and left else None
+    for task in tasks:
+        task.result = finished(place / task.key)
+    left = {task: task.epochs for task in tasks if task.result is None}
+    bar, total = Progress(left) if progress and left else None, sum(left.values())
     say = bar.line if bar else lambda text: None
-    say(f"{len(left)} trainings of {len(tasks[0].makers)} networks, {total} epochs in all{done}")
+    more = f"; {len(tasks) - len(left)} more are in {folder}" if len(left) < len(tasks) else ""
+    say(f"{len(left)} trainings of {len(tasks[0].nets)} networks, {total} epochs in all{more}")
     began, end = None, monotonic() + (budget or math.inf)
 
     def tell(run, top1=None, **message):
         if bar:
             bar.message(run=run, top1=top1, **message)
-        if top1 and run is left[0] and message["step"] == run.steps_per_epoch:
+        if top1 and run is next(iter(left)) and message["step"] == run.steps_per_epoch:
             say(f"about {duration((monotonic() - began) * total)} in all, by the first epoch")
 
     with interruptible() as stopped, closing(bar.bar) if bar else nullcontext():
         stop = lambda: "interrupted" if stopped.is_set() else "the budget is used up" if monotonic() > end else None
         for task in left:
-            path = place / task.key
             if stop():
                 break
+            path = place / task.key
             with suppress(Stopped), records.lock(path, lambda: not stop(), say):
                 if (result := finished(path)) is None:  # else another process has trained it meanwhile
-                    training, result = task.training(tell), {}
+                    training, heads, failed = task.training(tell), [], None
                     pauses, began = checkpoint.Pauses(training, path, stop=stop), monotonic()
                     try:
                         training.loop(pauses)
-                        result["heads"] = task.measured(training.at_test or training.predict(task.test))
+                        heads = task.measured(training.at_test or training.predict(task.splits["test"]))
                     except trainer.Diverged as error:
-                        result["failed"] = str(error)
-                    result |= {"seconds": round(training.seconds, 2), "history": training.rows}
+                        failed = str(error)
+                    result = dict(heads=heads, failed=failed, seconds=round(training.seconds, 2), history=training.rows)
                     files.write_sealed(path / "result.json", result)
                     for name in checkpoint.CHECKPOINTS:
                         (path / name).unlink(missing_ok=True)
-                results[task.method, task.seed] = result
+                task.result = result
                 if bar:
-                    bar.finish(task, result.get("failed") or f"top-1 {numbers(row['top1'] for row in result['heads'])}")
-    if stopped.is_set() or not results:
+                    bar.finish(task, result["failed"] or f"top-1 {numbers(row['top1'] for row in result['heads'])}")
+    ended = [task for task in tasks if task.result]
+    if stopped.is_set() or not ended:
         kept = f"what was begun is in {folder}, call compare again to go on" if folder else "give a folder to keep them"
-        raise Stopped(f"stopped with {len(results)} of {len(tasks)} trainings finished: {kept}")
-    return results
+        raise Stopped(f"stopped with {len(ended)} of {len(tasks)} trainings finished: {kept}")
 
 
 class Comparison:
     """What `compare` found. verdicts: a row per method and baseline with its gain in points of top-1, half of its
     interval, the verdict and a remark. history: a row per method, seed, network and epoch. notes: what else to know."""
 
-    def __init__(self, tasks, baselines, results):
+    def __init__(self, tasks, baselines):
+        self.baselines, self.results, rows, history = baselines, {}, [], []
         self.methods, self.seeds = (list(dict.fromkeys(getattr(t, name) for t in tasks)) for name in ("method", "seed"))
-        self.results, self.baselines, rows, history = results, baselines, [], []
-        for (method, seed), result in results.items():
-            for head, (network, exit) in enumerate(tasks[0].heads):
-                where = {"method": method, "seed": seed, "network": network, "exit": exit}
+        for task in [task for task in tasks if task.result]:
+            result = self.results[task.method, task.seed] = task.result
+            for head, (network, exit) in enumerate(task.heads):
+                where = {"method": task.method, "seed": task.seed, "network": network, "exit": exit}
                 history += [where | row for row in result["history"] if row["head"] == head]
-                rows += [where | own | {"seconds": result["seconds"]} for own in result.get("heads", [])[head:][:1]]
+                rows += [where | own | {"seconds": result["seconds"]} for own in result["heads"][head : head + 1]]
         unused = ["head"] if any(exit > 1 for _, exit in tasks[0].heads) else ["head", "exit"]
         self.frame, self.history = (pd.DataFrame(r).drop(columns=unused, errors="ignore") for r in (rows, history))
         compared = [(method, base) for method in self.methods if method not in baselines for base in baselines]
         self.family = max(1, len(compared))
         columns = ["method", "against", "gain", "half_width", "verdict", "remark"]
         self.verdicts = pd.DataFrame([self.judged(*pair) for pair in compared], columns=columns)
-        sizes = f"{len(tasks[0].train)} training and {len(tasks[0].test)} test samples, {tasks[0].epochs} epochs"
+        train, test = map(len, tasks[0].splits.values())
+        counts = f"{len(self.results)} of {len(tasks)} trainings; {train} training and {test} test samples"
         shown = f"gains with {100 * (1 - 0.05 / self.family):.1f}% intervals, other means with 95%"
-        self.notes = [f"{len(results)} of {len(tasks)} trainings; {sizes}; {shown}", *self.unconverged()]
+        self.notes = [f"{counts}, {tasks[0].epochs} epochs; {shown}", *self.unconverged()]
 
     def to_frame(self):
         """A row per method, seed, network (and exit): its metrics, the ensemble's, and the training's seconds."""
@@ -220,12 +219,11 @@ class Comparison:
         """A row of verdicts. A gain without spread over seeds has none; what is equal in every seed is undecided."""
         gains, lost = {}, {}
         for rank, seed in enumerate(self.seeds):
-            both = [self.results.get((name, seed), {}) for name in (method, base)]
-            if failed := [result["failed"] for result in both if "failed" in result]:
+            both = [self.results[name, seed] for name in (method, base) if (name, seed) in self.results]
+            if failed := [result["failed"] for result in both if result["failed"]]:
                 lost[rank] = "; ".join(failed)
-            elif all(both):
-                heads = zip(*(result["heads"] for result in both))
-                gains[rank] = fmean(own["top1"] - other["top1"] for own, other in heads)
+            elif len(both) == 2:
+                gains[rank] = fmean(a["top1"] - b["top1"] for a, b in zip(both[0]["heads"], both[1]["heads"]))
         effect = Effect(method, "points", gains, len(self.seeds), delta=0.0, lost=lost)
         word, (gain, half) = effect.judge(self.family), interval(effect.values, 1 - 0.05 / self.family)
         verdict = "undecided" if gain == half == 0 else WORDS.get(word, word)
@@ -251,16 +249,13 @@ class Comparison:
         if self.frame.empty:
             return self.frame.copy()
         frame = self.frame.drop(columns=["network", "exit", "seconds"], errors="ignore")
-        means = frame.groupby(["method", "seed"]).mean()
+        means = frame.groupby(["method", "seed"], sort=False).mean()
         text = lambda values: plus_minus(*interval(values), 2 if means[values.name].max() > 5 else 3)
-        table = means.groupby("method").agg(text)
-        return table.reindex([method for method in self.methods if method in table.index]).reset_index()
+        return means.groupby("method", sort=False).agg(text).reset_index()
 
     def tables(self):
         gains = [plus_minus(*pair, 2, signed=True) for pair in zip(self.verdicts["gain"], self.verdicts["half_width"])]
-        shown = self.verdicts.drop(columns=["gain", "half_width"])
-        shown.insert(2, "gain", gains)
-        return shown, self.summary()
+        return self.verdicts.assign(gain=gains).drop(columns="half_width"), self.summary()
 
     def __str__(self):
         return "\n\n".join([*(table.to_string(index=False) for table in self.tables()), "\n".join(self.notes)])

@@ -57,18 +57,15 @@ def distribution_for(budget, costs):
     if not budget >= costs[0]:
         raise UserError(f"a budget of {budget:g} MACs an image is below the first exit's cost, {costs[0]:g}")
     excess = lambda log_q: exit_distribution(np.exp(log_q), len(costs)) @ costs - budget
-    if excess(40) <= 0:  # where all samples are at one end, up to rounding
-        return np.eye(len(costs))[-1]
-    if excess(-40) >= 0:
-        return np.eye(len(costs))[0]
+    if excess(40) <= 0 or excess(-40) >= 0:  # where all samples are at one end, up to rounding
+        return np.eye(len(costs))[-1 if excess(40) <= 0 else 0]
     return exit_distribution(np.exp(brentq(excess, -40, 40, xtol=1e-12)), len(costs))
 
 
 def thresholds(confidence, shares):
     """Thresholds (C,) at which the samples of confidence (C, n) leave in the given shares (C,), up to ties.
     Samples with equal confidence leave together; the next exits then let fewer go. An exit where nobody should leave
-    has the threshold infinity, the last one has minus infinity. Raises ValueError for shares that do not add up to 1.
-    """
+    has the threshold infinity, the last one minus infinity. Raises ValueError for shares that do not add up to 1."""
     exits, n = confidence.shape
     if len(shares) != exits or not np.isclose(np.sum(shares), 1) or np.min(shares) < 0:
         raise ValueError(f"shares {shares}: give one for each of {exits} exits, none negative, which add up to 1")
@@ -96,8 +93,8 @@ def evaluate(confidence, correct, limits, costs):
         raise UserError("there are no samples to evaluate: give at least one")
     exits = exit_index(confidence, limits)
     shares = np.bincount(exits, minlength=len(costs)) / len(exits)
-    hits = correct[exits, np.arange(len(exits))]
-    return {"top1": 100 * float(hits.mean()), "macs": float(shares @ np.asarray(costs, float)), "shares": shares}
+    top1 = 100 * float(correct[exits, np.arange(len(exits))].mean())
+    return {"top1": top1, "macs": float(shares @ np.asarray(costs, float)), "shares": shares}
 
 
 def exit_predictions(record, split):
@@ -116,8 +113,8 @@ def _of_exits(arrays, name):
 
 def sweep(arrays, costs):
     """The rows of budgeted.csv, from the arrays of test.npz: of each q macs, top1, a threshold and a share per exit."""
-    held_out = _of_exits(arrays, "calibration_confidence")
-    confidence, predicted = _of_exits(arrays, "confidence"), _of_exits(arrays, "predicted")
+    names = "calibration_confidence", "confidence", "predicted"
+    held_out, confidence, predicted = (_of_exits(arrays, name) for name in names)
     for q in SWEEP:
         limits = thresholds(held_out, exit_distribution(q, len(costs)))
         found = evaluate(confidence, predicted == arrays["labels"], limits, costs)

@@ -34,11 +34,11 @@ class Samples:
 
     def __init__(self, name, given, size, device):
         loader = given if isinstance(given, DataLoader) else DataLoader([])  # whose settings are the usual ones
+        dataset = given.dataset if loader is given else given
         with told(name):
             if isinstance(given, (tuple, list)) and [hasattr(part, "__array__") for part in given] == [True, True]:
                 x, y = map(torch.as_tensor, given)
-                given = TensorDataset(x.float() if x.is_floating_point() else x, y)
-        dataset = loader.dataset if loader is given else given
+                dataset = TensorDataset(x.float() if x.is_floating_point() else x, y)
         sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         if not sized or isinstance(dataset, (IterableDataset, tuple)) or loader.batch_sampler is None:
             kinds = "a Dataset with a length, a pair of tensors (x, y), or a DataLoader that makes batches of a Dataset"
@@ -104,42 +104,32 @@ class Adapted(torch.nn.Module):
         found = getattr(found, "logits", found)
         found = tuple(found) if isinstance(found, (tuple, list)) else (found,)
         if not found or not all(torch.is_tensor(z) and z.dim() == 2 and z.shape[1] > 1 for z in found):
-            kinds = [str(tuple(z.shape)) if torch.is_tensor(z) else type(z).__name__ for z in found]
-            kinds = ", ".join(dict.fromkeys(kinds))
-            raise UserError(f"the network gives {kinds}: it must give logits (batch, classes), or a tuple of them")
+            kinds = dict.fromkeys(str(tuple(z.shape)) if torch.is_tensor(z) else type(z).__name__ for z in found)
+            raise UserError(f"the network gives {', '.join(kinds)}: it must give logits (batch, classes), one or more")
         return found
 
 
-def as_one(pairs):
-    """Each network's optimizer and schedule, which sets its learning rate, as what the loop takes for one optimizer."""
-    parts = [part for pair in pairs for part in pair]
+class Optimizers(list):
+    """Each network's (optimizer, schedule, which sets its learning rate), as what the loop takes for one optimizer."""
 
-    def load(state):
-        for part, own in zip(parts, state["parts"]):
-            part.load_state_dict(own)
-
-    return SimpleNamespace(
-        pairs=pairs,
-        param_groups=(),
-        zero_grad=lambda: [optimizer.zero_grad() for optimizer, _ in pairs],
-        step=lambda: [part.step() for part in parts],
-        state_dict=lambda: {"param_groups": [], "parts": [part.state_dict() for part in parts]},
-        load_state_dict=load,
-    )
+    param_groups = ()
+    parts = property(lambda self: [part for pair in self for part in pair])
+    zero_grad = lambda self: [optimizer.zero_grad() for optimizer, _ in self]
+    step = lambda self: [part.step() for part in self.parts]
+    state_dict = lambda self: {"param_groups": [], "parts": [part.state_dict() for part in self.parts]}
+    load_state_dict = lambda self, state: [part.load_state_dict(o) for part, o in zip(self.parts, state["parts"])]
 
 
 class Task(SimpleNamespace):
     """One training, with what the loop asks of a `run.Run` and of a `trainer.Material`. `rehearse` adds heads, the
-    (network, exit) of each, and recipe, what identifies the networks and their optimizers."""
+    (network, exit) of each, and recipe, what identifies the networks and their optimizers; `train_all` its result."""
 
     __hash__, __eq__ = object.__hash__, object.__eq__
     dataset, config, n_heads = "its own", property(lambda self: self.key), property(lambda self: len(self.heads))
-    nets, splits = property(lambda self: self.makers), property(lambda self: {"train": self.train, "test": self.test})
-    batch_size, eval_batch = property(lambda self: self.train.size), property(lambda self: self.test.size)
-    steps_per_epoch = property(lambda self: math.ceil(len(self.train) / self.train.size))
-    checksum = property(lambda self: self.train.checksum + self.test.checksum)
+    steps_per_epoch = property(lambda self: math.ceil(len(self.splits["train"]) / self.batch_size))
+    checksum = property(lambda self: "".join(split.checksum for split in self.splits.values()))
 
-    learning_rate = lambda self, step: float(self.optimizers.pairs[0][0].param_groups[0]["lr"])
+    learning_rate = lambda self, step: float(self.optimizers[0][0].param_groups[0]["lr"])
     inputs = lambda self, batch, channels_last: batch
     __str__ = lambda self: f"{self.method} seed {self.seed}"
 
@@ -155,21 +145,21 @@ class Task(SimpleNamespace):
         seed = derive(self.seed, "weights", slot)
         torch.manual_seed(seed)  # a GPU's generators too
         seed_all(seed)
-        return Adapted(self.makers[slot](), self.call)
+        return Adapted(self.nets[slot](), self.call)
 
     def optimizer(self, nets, fused):
         own, steps = [self.new_optimizer(net.network) for net in nets], self.epochs * self.steps_per_epoch
-        self.optimizers = as_one([(optimizer, self.new_schedule(optimizer, steps)) for optimizer in own])
+        self.optimizers = Optimizers((optimizer, self.new_schedule(optimizer, steps)) for optimizer in own)
         return self.optimizers
 
-    def epoch(self, epoch, first, steps):
-        order = torch.randperm(len(self.train), generator=generator(self.seed, "epoch", epoch))
-        for batch in self.train.batches(order, self.batch_size, (self.seed, "batch", epoch), first):
-            yield batch, self.train.target(batch)
+    def epoch(self, number, first_step, end_step):
+        train = self.splits["train"]
+        order = torch.randperm(len(train), generator=generator(self.seed, "epoch", number))
+        for batch in train.batches(order, self.batch_size, (self.seed, "batch", number), first_step):
+            yield batch, train.target(batch)
 
     def training(self, progress=lambda **message: None):
-        speed = Speed(bf16=False, channels_last=False)
-        training = Training(self, self.device, speed, progress=progress, material=self)
+        training = Training(self, self.device, Speed(bf16=False, channels_last=False), None, progress, material=self)
         training.dropout = dict.fromkeys(training.nets, True)  # any layer may draw
         return training
 
@@ -178,6 +168,6 @@ class Task(SimpleNamespace):
         top1, nll = lambda z, y: 100 * (z.argmax(1) == y).double().mean(), lambda z, y: cross_entropy(z, y).mean()
         functions = {"top1": top1, "nll": nll, "ece": ece} | self.metrics
         score = lambda z, y, prefix="": {f"{prefix}{name}": float(f(z, y)) for name, f in functions.items()}
-        labels, last = self.test.labels, {net: z for (net, _), z in zip(self.heads, logits)}
+        labels, last = self.splits["test"].labels, {net: z for (net, _), z in zip(self.heads, logits)}
         together = score(ensemble(list(last.values()), labels)[1], labels.cpu(), "ensemble_") if len(last) > 1 else {}
         return [score(z.double(), labels) | together for z in logits]

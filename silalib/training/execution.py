@@ -9,6 +9,8 @@ import torch
 
 from ..errors import GraphFailed, UserError
 
+EAGER_CALLS = 3  # before a function is captured: cuDNN chooses its algorithms, the optimizer makes its buffers
+
 
 def pick_device(name):
     """torch.device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Raises UserError if it is absent."""
@@ -103,7 +105,7 @@ class GraphedCallable:
             with no_search():
                 return self.function(*tensors)
         self.calls += 1
-        if self.calls <= 3:  # in these cuDNN chooses its algorithms, and the optimizer makes its buffers
+        if self.calls <= EAGER_CALLS:
             return self.function(*tensors)
         if self.replay is None:
             self.inputs, collects = [tensor.clone() for tensor in tensors], gc.isenabled()
@@ -127,8 +129,7 @@ class GraphedCallable:
 
 
 def wait_for_earlier_steps(queued, device):
-    """After a step, whose event is added to the deque `queued`: at most 16 are queued on a GPU. It is never idle, and a
-    stop is heard within these steps."""
+    """Add a step's event to the deque `queued`, and wait until at most 16 steps are queued on a GPU: a stop is heard."""
     if device.type == "cuda":
         queued.append(torch.cuda.Event(blocking=True))
         queued[-1].record()
