@@ -415,7 +415,7 @@ def larger(tmp_path_factory):
 
 def sources(tree, shard, chunk=5):
     """The image files that are in a shard."""
-    split, number = re.fullmatch(r"(train|test)-(\d+)\.npy", shard.name).groups()
+    split, number = re.fullmatch(r"(train|test)-(\d+)\.raw", shard.name).groups()
     return [tree / path for path, _ in list_images(tree)[1][split][int(number) * chunk :][:chunk]]
 
 
@@ -427,7 +427,7 @@ def test_an_interrupted_call_resumes_and_ends_with_the_same_bytes(name, larger, 
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     folder = data_folder / "insects"
-    shards = list(folder.glob("shards/t*.npy"))
+    shards = list(folder.glob("shards/t*.raw"))
     assert not (folder / "dataset.json").exists()
     assert 4 <= len(shards) < 18
     if name == "SIGKILL":
@@ -513,7 +513,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(limit, larger, data_folder)
     assert done.returncode == 1
     assert done.stderr.startswith("cannot write ") and "start again to go on" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert len(list(data_folder.glob("insects/shards/t*.npy"))) == (0 if limit == 1000 else 18)
+    assert len(list(data_folder.glob("insects/shards/t*.raw"))) == (0 if limit == 1000 else 18)
     prepare.prepare("insects", tree, 12, chunk=5)
     assert content(data_folder / "insects") == whole
 
@@ -526,13 +526,13 @@ def test_a_damaged_shard_is_decoded_again(larger, data_folder, capsys):
     with pytest.raises(UserError, match="1 of 90 images are broken"):
         prepare.prepare("insects", tree, 12, chunk=5)
     broken.write_bytes(good)
-    shards = sorted(data_folder.glob("insects/shards/t*.npy"))
+    shards = sorted(data_folder.glob("insects/shards/t*.raw"))
     assert len(shards) == 18
     for shard, damage in zip(shards, (b"", shards[1].read_bytes()[:-1], b"not an array")):
         shard.write_bytes(damage)
     decoded = data_folder / "insects" / "shards" / "skipped.json"
     files.write_sealed(decoded, [])  # as if they were damaged only after all was decoded
-    with pytest.raises(CorruptFile, match=rf"\.npy is damaged: delete {data_folder / 'insects'} to start anew"):
+    with pytest.raises(CorruptFile, match=rf"\.raw is damaged: delete {data_folder / 'insects'} to start anew"):
         prepare.prepare("insects", tree, 12, chunk=5)
     decoded.unlink()
     prepare.prepare("insects", tree, 12, chunk=5)
@@ -660,7 +660,7 @@ def test_a_name_must_do_as_a_folder_and_in_a_key(name, tree, data_folder):
 def test_too_little_disk_space(tree, data_folder):
     with pytest.raises(UserError, match=r"insects needs 90000\.0 GB, .* make room, or set SILALIB_DATA"):
         prepare.prepare("insects", tree, 10**6)
-    assert not list(data_folder.glob("insects/shards/t*.npy"))
+    assert not list(data_folder.glob("insects/shards/t*.raw"))
 
 
 def test_a_data_folder_that_cannot_be_written(tree, data_folder, capsys):

@@ -3,6 +3,7 @@
 shards/ holds plan.json, decoded images and, once all are decoded, skipped.json. Each shard is then copied into its
 array, flushed and only then removed: what resumes after any interruption ends with the same bytes."""
 
+import math
 import os
 import re
 import shutil
@@ -201,9 +202,10 @@ def _decode_all(images, source, folder, plan, chunk, skip_broken, workers):
         write_sealed(place / "plan.json", begun)
     if read_sealed(place / "plan.json", anew) != begun:
         raise UserError(f"{folder} is half prepared from other files or at another size: {anew}")
-    file = lambda split, i: place / f"{split}-{i // chunk:05d}.npy"
-    parts = lambda split, rows: {file(split, i): rows[i : i + chunk] for i in range(0, len(rows), chunk)}
-    shards = {split: parts(split, rows) for split, rows in images.items()}
+    shards = {
+        split: {place / f"{split}-{i // chunk:05d}.raw": rows[i : i + chunk] for i in range(0, len(rows), chunk)}
+        for split, rows in images.items()
+    }
     if not (place / "skipped.json").exists():
         broken = _decode_missing(shards["train"] | shards["test"], source, plan, workers)
         for path in sorted(broken):
@@ -219,10 +221,12 @@ def _decode_all(images, source, folder, plan, chunk, skip_broken, workers):
 
 def _decode_missing(shards, source, plan, workers):
     """Decode the shards (file -> its images) that are not whole. Returns {path: error} of the broken images."""
-    missing, broken = {file: rows for file, rows in shards.items() if len(_read(file)) < len(rows)}, {}
+    size, broken = 3 * plan["size"] ** 2, {}
+    whole = lambda file, rows: file.exists() and file.stat().st_size == len(rows) * size
+    missing = {file: rows for file, rows in shards.items() if not whole(file, rows)}
     total, left = (sum(map(len, some.values())) for some in (shards, missing))
     first, largest = next(iter(shards.items()))
-    needed, free = (left + len(largest)) * 3 * plan["size"] ** 2, shutil.disk_usage(first.parent).free
+    needed, free = (left + len(largest)) * size, shutil.disk_usage(first.parent).free
     if left and needed > free:
         room = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         raise UserError(f"{first.parents[1]} {room}: make room, or set SILALIB_DATA to a folder on a larger disk")
@@ -242,23 +246,15 @@ def _decode_missing(shards, source, plan, workers):
     return broken
 
 
-def _read(shard):
-    """The images of a shard; none where it is missing or damaged."""
-    try:
-        return np.load(shard, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return np.empty(0, np.uint8)
-
-
 def _decode_shard(shard, rows, source, plan):
-    """Write the images that can be decoded to the file `shard`. Returns {path: error} of the others."""
+    """Write the pixels of the images that can be decoded to the file `shard`. Returns {path: error} of the others."""
     pixels, broken = [], {}
     for path, _ in rows:
         try:
-            pixels.append(decode(source / path, plan["size"], plan["square"]))
+            pixels.append(decode(source / path, plan["size"], plan["square"]).tobytes())
         except Exception as error:  # Pillow raises many kinds for a damaged file
             broken[path] = (str(error) or repr(error)).splitlines()[0]
-    write_atomically(shard, to_npy(np.array(pixels, np.uint8)))
+    write_atomically(shard, b"".join(pixels))
     return broken
 
 
@@ -272,15 +268,16 @@ def _finish(folder, names, plan, shards, skipped):
         offset = np.lib.format.open_memmap(array, mode, np.uint8, (len(labels), *image)).offset
         with open(array, "r+b") as file:  # not through the memory map, where a full disk kills the process
             for shard, own in kept.items():
+                size = len(own) * math.prod(image)
                 if shard.exists():
-                    if len(pixels := _read(shard)) != len(own):
+                    if shard.stat().st_size != size:
                         raise CorruptFile(shard, f"delete {folder} to start anew")
                     file.seek(offset)
-                    file.write(pixels.data)
+                    file.write(shard.read_bytes())
                     file.flush()
                     os.fsync(file.fileno())
                     shard.unlink()
-                offset += len(own) * int(np.prod(image))
+                offset += size
         write_atomically(folder / f"{split}_labels.npy", to_npy(labels))
         counts[split] = len(labels)
     made = {"skipped": skipped, "plan": plan, "decoder": f"Pillow {PIL.__version__}", "files": checksums(folder)}

@@ -66,8 +66,7 @@ def submit_all(ray, schedule, workers, gpus, shared):
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messages, stops = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
-    once = {"max_calls": 1} if gpus else {}  # no process trains on a GPU after another's graph has failed in it
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, **once)(train)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(train)  # Ray ends a process that had a GPU
     data_folder = os.environ.get("SILALIB_DATA") and str(Path(os.environ["SILALIB_DATA"]).absolute())
 
     def by_task(run, folder, device, *, stop, progress, **how):
