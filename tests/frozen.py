@@ -88,7 +88,7 @@ def draw(records, profiles, root=ROOT):
             if done.returncode:
                 sys.exit(done.stderr)
             results = folder / "results" / profile
-            for path in sorted(results.glob("figures/*.svg")):
+            for path in sorted(results.glob("figures/*.png")):
                 arrays = dump / hashlib.sha256(path.read_bytes()).hexdigest()
                 found[f"{profile}/figures/{path.stem}"] = json.loads(arrays.read_text())
             for path in sorted(results.glob("tables/*.csv")):
