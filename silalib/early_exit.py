@@ -27,9 +27,7 @@ def exit_costs(network, image, budgeted=False):
         return [sum(macs.values())]
     part = lambda prefix: sum(n for layer, n in macs.items() if layer.startswith(prefix))
     blocks, classifiers = ([part(f"{of}.{k}.") for k in range(len(network.blocks))] for of in ("blocks", "classifiers"))
-    if budgeted:
-        return list(accumulate(b + c for b, c in zip(blocks, classifiers)))
-    return [b + c for b, c in zip(accumulate(blocks), classifiers)]
+    return [b + c for b, c in zip(accumulate(blocks), accumulate(classifiers) if budgeted else classifiers)]
 
 
 def anytime(record):
@@ -113,14 +111,14 @@ def _of_exits(arrays, name):
 
 def sweep(arrays, costs):
     """The rows of budgeted.csv, from the arrays of test.npz: of each q macs, top1, a threshold and a share per exit."""
-    names = "calibration_confidence", "confidence", "predicted"
-    held_out, confidence, predicted = (_of_exits(arrays, name) for name in names)
+    held_out = _of_exits(arrays, "calibration_confidence")
+    confidence, predicted = _of_exits(arrays, "confidence"), _of_exits(arrays, "predicted")
     for q in SWEEP:
         limits = thresholds(held_out, exit_distribution(q, len(costs)))
         found = evaluate(confidence, predicted == arrays["labels"], limits, costs)
-        of_exits = {f"threshold_{k}": float(limit) for k, limit in enumerate(limits)}
-        of_exits |= {f"share_{k}": float(share) for k, share in enumerate(found["shares"])}
-        yield {"q": q, "macs": found["macs"], "top1": found["top1"]} | of_exits
+        row = {"q": q, "macs": found["macs"], "top1": found["top1"]}
+        row |= {f"threshold_{k}": float(limit) for k, limit in enumerate(limits)}
+        yield row | {f"share_{k}": float(share) for k, share in enumerate(found["shares"])}
 
 
 def budgeted(record):
@@ -144,8 +142,8 @@ def truncated_msdnet(model, exit):
     before, network = _parts(model.eval())
     if not 0 <= exit < len(network.blocks):
         raise UserError(f"exit {exit}: this network has exits 0 to {len(network.blocks) - 1}")
-    blocks = nn.Sequential(*network.blocks[: exit + 1])
-    return torch.no_grad()(lambda images: network.classifiers[exit](blocks(before(images))[-1]))
+    blocks = nn.Sequential(before, *network.blocks[: exit + 1])
+    return torch.no_grad()(lambda images: network.classifiers[exit](blocks(images)[-1]))
 
 
 class EarlyExit(nn.Module):
@@ -166,10 +164,9 @@ class EarlyExit(nn.Module):
         features = self.before(images)
         waiting = torch.arange(len(images), device=features.device)
         exits, logits = torch.full_like(waiting, len(self.thresholds) - 1), None
-        parts = zip(self.network.blocks, self.network.classifiers, self.thresholds)
-        for k, (block, classifier, threshold) in enumerate(parts):
-            features = block(features)
-            z = classifier(features[-1])
+        for k, threshold in enumerate(self.thresholds):
+            features = self.network.blocks[k](features)
+            z = self.network.classifiers[k](features[-1])
             logits = z if logits is None else logits.index_copy_(0, waiting, z)
             leave = z.log_softmax(1).amax(1).exp() >= threshold  # not so for NaN
             exits[waiting[leave]] = k

@@ -129,7 +129,7 @@ class GraphedCallable:
 
 
 def wait_for_earlier_steps(queued, device):
-    """Add a step's event to the deque `queued`; wait until at most 16 are queued on a GPU, so that a stop is heard."""
+    """Add a step's event to the deque `queued`, and wait until at most 16 steps are queued on a GPU, to hear a stop."""
     if device.type == "cuda":
         queued.append(torch.cuda.Event(blocking=True))
         queued[-1].record()

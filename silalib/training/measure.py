@@ -65,8 +65,8 @@ def final(training, pauses):
     origin |= {"parts": training.parts} if len(training.parts) > 1 else {}  # which process trained from which step
     origin |= {"data_sha256": training.material.checksum, "train_images": len(splits["train"])}
     origin |= {"seconds": round(training.seconds, 1), "seconds_final": round(time.monotonic() - began, 1)}
-    origin |= {"cpu_seconds": round(sum(cpu_seconds), 1)}
-    origin |= {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    origin |= {"cpu_seconds": round(sum(cpu_seconds), 1), "finished": finished}
     return result | {"provenance": origin}, files
 
 

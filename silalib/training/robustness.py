@@ -22,9 +22,8 @@ def filter_norms(parameter):
 def noise_directions(parameters, kind, seed, draw):
     """Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or about as long as its filter.
     Drawn where the parameters are: a GPU draws other numbers than a CPU."""
-    device = parameters[0].device
-    g = generator(seed, "noise", draw, device=device)
-    directions = [torch.randn(p.shape, generator=g, device=device).to(p) for p in parameters]
+    g = generator(seed, "noise", draw, device=parameters[0].device)
+    directions = [torch.randn(p.shape, generator=g, device=g.device).to(p) for p in parameters]
     if kind == "filter":
         per_filter = [p[0].numel() if p.dim() > 1 else 1 for p in parameters]
         directions = [d * (filter_norms(p) / n**0.5) for d, p, n in zip(directions, parameters, per_filter)]
@@ -54,10 +53,9 @@ def parameter_noise(network, predict, target, sigmas, draws, kind, seed):
 def scatter_ratio(features, labels):
     """Within- over between-class scatter of features (n, d): trace(S_w) / trace(S_b); smaller is more concentrated."""
     features = features.double()
-    within = between = 0.0
-    for group in (features[labels == label] for label in labels.unique()):
-        within += (group - group.mean(0)).square().sum()
-        between += len(group) * (group.mean(0) - features.mean(0)).square().sum()
+    groups = [features[labels == label] for label in labels.unique()]
+    within = sum((group - group.mean(0)).square().sum() for group in groups)
+    between = sum(len(group) * (group.mean(0) - features.mean(0)).square().sum() for group in groups)
     return (within / between).item()
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import chain, cycle
 
 import torch
-from torch import nn
 
 from .. import data
 from ..data.augment import Normalise, epoch_plan, transform
@@ -149,7 +148,7 @@ class Training:
         layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         slots, self.heads = self.ranks.own(len(run.nets)), self.ranks.own(run.n_heads)
         self.nets = {s: self.material.network(s).to(device, memory_format=layout) for s in slots}
-        self.dropout = {s: any(isinstance(m, nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
+        self.dropout = {s: any(isinstance(m, torch.nn.Dropout) for m in net.modules()) for s, net in self.nets.items()}
         self.dtypes = [precision(net, device, speed.bf16) for net in run.nets]
         self.optimizer = self.material.optimizer(self.nets.values(), speed.fused)
         if self.steps_per_epoch == 0:
@@ -218,12 +217,12 @@ class Training:
 
     def end_of_epoch(self, epoch):
         """Evaluate on the test images and add a row for each head to the history. Raises Diverged."""
-        batches = min(self.steps_per_epoch, len(self.splits["train"]) / self.run.batch_size)
-        means = (self.sums / batches).tolist()  # here the host waits for the device
+        train, test = self.splits["train"], self.splits["test"]
+        means = (self.sums / min(self.steps_per_epoch, len(train) / self.run.batch_size)).tolist()  # waits for a GPU
         self.sums.zero_()
         began = time.monotonic()
-        self.at_test = self.predict(self.splits["test"].images)
-        test = metrics.summaries(self.at_test, self.splits["test"].labels)
+        self.at_test = self.predict(test.images)
+        test = metrics.summaries(self.at_test, test.labels)
         norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
         seconds = round(began - self.epoch_began, 4), round(time.monotonic() - began, 4)
         norms, rows = cycle(torch.stack(norms).tolist()), []
