@@ -25,7 +25,7 @@ from silalib.errors import NoRoom
 from silalib.experiments import Exhibit
 from silalib.files import ROOT
 from silalib.launch import ensure, processes
-from silalib.report import notebooks, pages
+from silalib.report import build, notebooks, pages
 
 RC = "figure.facecolor: red\nfont.size: 30\nlines.linewidth: 9\nsavefig.dpi: 10\ntext.color: blue\nbackend: TkAgg\n"
 STARTUP = "import matplotlib\nmatplotlib.rcParams['figure.facecolor'] = 'red'\nprint('startup')\nimport nothing\n"
@@ -242,7 +242,7 @@ def test_no_room_ends_a_report_in_one_line_and_old_pages_stay(tmp_path, results)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
     try:
         with pytest.raises(NoRoom, match=r"File too large.*: make room and start again"):
-            pages.build("quick", ["00_siamese_labels"], folder=tmp_path, exhibits=grid)
+            build.build("quick", ["00_siamese_labels"], folder=tmp_path, exhibits=grid)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (folder / "00_siamese_labels.html").read_text() == old
@@ -254,7 +254,7 @@ def test_a_kernel_without_room_ends_the_report_too(tmp_path, results):
     source = "from silalib.errors import NoRoom\nraise NoRoom('cannot write x (full): make room')"
     test_report.write(tmp_path, "00_siamese_labels", v4.new_code_cell(source))
     with pytest.raises(NoRoom, match=r"^cannot write x"):
-        pages.build("quick", ["00_siamese_labels"], folder=tmp_path, exhibits={})
+        build.build("quick", ["00_siamese_labels"], folder=tmp_path, exhibits={})
     assert not (results / "quick" / "report" / "00_siamese_labels.html").read_text().count("could not be built")
 
 

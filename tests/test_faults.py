@@ -501,7 +501,7 @@ def test_out_of_gpu_memory_names_the_batch_size(exhibit, capsys):
 
 @pytest.fixture
 def no_pages():
-    with mock.patch.object(pages, "build", return_value=0):
+    with mock.patch.object(build, "build", return_value=0):
         yield
 
 
@@ -608,7 +608,7 @@ BAD = {
     "no logits": (lambda run: siamese_labels([], torch.tensor([0])), "no logits: give a list with one tensor"),
     "classes": (
         lambda run: siamese_labels([torch.ones(2, 3), torch.ones(2, 4)], torch.tensor([0, 1])),
-        "every head needs the same (batch, classes)",
+        "every head needs the same (batch, classes, ...)",
     ),
 }
 
