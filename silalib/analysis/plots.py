@@ -149,8 +149,9 @@ def show(fig, name, profile, alt, records=(), thumb=None):
 
 def in_format(fig, kind):
     """The bytes of a figure as "png", "svg" or "pdf"."""
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format=kind, metadata=UNDATED[kind], transparent=kind == "svg", bbox_inches="tight")
+    buffer, svg = io.BytesIO(), kind == "svg"
+    dpi = 90 if svg else plt.rcParams["savefig.dpi"]  # of the clouds of points, which are most of an SVG's bytes
+    fig.savefig(buffer, format=kind, dpi=dpi, metadata=UNDATED[kind], transparent=svg, bbox_inches="tight")
     return buffer.getvalue()
 
 

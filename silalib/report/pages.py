@@ -144,7 +144,9 @@ RESULTS = {
 def result(claim, part):
     """A card's words: the first effect's number and verdict, "+0.61 ± 0.60 points: reproduced"."""
     effect = next((effect for effect in claim.primary if part in effect.name), None)
-    return f"{effect}: {effect.verdict}" if effect and str(effect) else effect.verdict if effect else claim.verdict
+    if effect is None or claim.profile == "quick":
+        return "judges nothing"
+    return f"{effect}: {effect.verdict}" if str(effect) else effect.verdict
 
 
 def read_card(path):
