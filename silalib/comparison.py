@@ -201,7 +201,9 @@ class Comparison:
                 history += [where | row for row in result["history"] if row["head"] == head]
                 rows += [where | own | {"seconds": result["seconds"]} for own in result["heads"][head : head + 1]]
         unused = ["head"] if any(exit > 1 for _, exit in tasks[0].heads) else ["head", "exit"]
-        self.frame, self.history = (pd.DataFrame(r).drop(columns=unused, errors="ignore") for r in (rows, history))
+        empty = {name: [] for name in ("method", "seed", "network", "top1", "nll", "seconds")}  # where all have failed
+        frames = (pd.DataFrame(found or empty) for found in (rows, history))
+        self.frame, self.history = (frame.drop(columns=unused, errors="ignore") for frame in frames)
         compared = [(method, base) for method in self.methods if method not in baselines for base in baselines]
         self.family = max(1, len(compared))
         columns = ["method", "against", "gain", "half_width", "verdict", "remark"]

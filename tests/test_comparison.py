@@ -506,6 +506,14 @@ def test_a_method_that_diverges_ends_alone(tiny):
     assert row["verdict"] in ("not run", "no verdict") and "grows seed 0: the loss is not finite" in row["remark"]
 
 
+def test_where_all_diverge_there_is_no_verdict(tiny):
+    linear = lambda: nn.Sequential(nn.Linear(13, 8), nn.Linear(8, 3))
+    large = lambda net: torch.optim.SGD(net.parameters(), 50)
+    found = tiny(linear, methods=("ind", "sila"), optimizer=large, epochs=8)
+    assert found.to_frame().empty and found.summary().empty and found.notes[0].startswith("4 of 4 trainings")
+    assert "the loss is not finite" in found.verdicts.iloc[0]["remark"] and "sila" in str(found)
+
+
 # what comes back
 
 
