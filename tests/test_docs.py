@@ -95,7 +95,7 @@ def test_what_is_added_trains_and_is_tested(copy, results):
         else:
             outputs.setdefault(heading, []).append(run(copy, language, code))
     table, tests = outputs["A network"]
-    assert table.count("All-CNN+All-CNN") == 2 and "not run" not in table  # Net1 and Net2
+    assert table.count("All-CNN x2") == 2 and "not run" not in table  # Net1 and Net2
     trained, counted = outputs["A data set"]
     assert trained.count("stripes, profile quick") == 2
     assert counted.startswith("stripes: 800 training and 200 test images")

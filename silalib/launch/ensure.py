@@ -15,7 +15,7 @@ from ..files import results_folder
 from ..run import Run
 from ..training import execution, provenance
 from . import torchrun
-from .estimate import cost
+from .estimate import cost, seconds_left
 from .processes import cpu_cores, interruptible, whole_number
 from .progress import Progress
 from .ray_cluster import in_cluster
@@ -102,7 +102,8 @@ def train_all(pending, profile, device="auto", workers=None, budget=None, ray=No
     workers, threads = (workers, 1) if ray else share(place, workers, len(here))
     job, outcomes = Job(folder, device, threads, time.time() + (budget or math.inf), begun, **how), {}
     if here:
-        progress = Progress({run: cost(run) for run in here})
+        on_cpu = place and place.type == "cpu"  # a step timed on a GPU would hold its memory
+        progress = Progress(seconds_left(here, {}) if on_cpu else {run: cost(run) for run in here})
         with closing(progress.bar), interruptible() as stopped:
             schedule = Schedule(here, job, stopped, progress)
             (ray or (in_this_process if workers == 1 else in_workers))(schedule, workers)
