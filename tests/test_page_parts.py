@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 
 from silalib.analysis import plots, tables
-from silalib.analysis.claims import ClaimVerdict
-from silalib.analysis.statistics import Effect
+from silalib.analysis.verdict import ClaimVerdict, Effect
 from silalib.experiments import table1, table3
 
 

@@ -194,9 +194,12 @@ def in_rows(answer):
 
 def picture(answer):
     """`figure` as SVG that follows the reader's theme."""
+    import matplotlib.pyplot as plt
+
     plots.use_style()
     fig, buffer = figure(answer), io.BytesIO()
     fig.savefig(buffer, format="svg", metadata=plots.UNDATED["svg"], bbox_inches="tight", transparent=True)
+    plt.close(fig)
     return plots.themed(buffer.getvalue().decode(), "answer", "; ".join(in_rows(answer)))
 
 
