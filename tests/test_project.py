@@ -198,9 +198,11 @@ def test_documented_sizes_of_networks():
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(results):
     """In a process of its own, as its reader would."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    code = "\n".join(blocks) + "\nassert logits.shape == (500, 10) and len(exits) == 500\n"
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/usage.md")]
+    blocks = [re.findall(r"```python\n(.*?)```", page, re.DOTALL) for page in pages]
+    assert [len(found) for found in blocks] == [2, 3]
+    whole = "\n".join([*blocks[0], blocks[1][0], blocks[1][2]])  # the weights in git are tested with the records
+    code = f"{whole}\nassert logits.shape == (500, 10) and len(exits) == 500\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
