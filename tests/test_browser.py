@@ -215,6 +215,7 @@ return [...document.querySelectorAll(".scroll")].filter((box) => {
 }).map((box) => box.getAttribute("aria-label"));
 """
 VERDICT = "reproduced|negligible|contradicted|undecided|so far|no verdict|[Nn]ot judged|judges nothing|not run"
+VERDICT += "|[Dd]emonstration"  # page 14
 
 
 @pytest.mark.slow
