@@ -142,10 +142,10 @@ def report(options):
     made = pages.Report(options.profile, options.seeds)
     names = list(made.notebooks) if options.exhibit == "all" else [EXHIBITS[options.exhibit].notebook]
     pending = [run for run in runs if not find(run, options.profile)]
-    todo = f"{len(pending)} of {len(runs)} runs to train, " if pending and not options.no_train else ""
-    print(f"profile {options.profile}: {todo}{len(names)} pages in {made.folder / 'index.html'}", flush=True)
+    planned = f"{len(pending)} of {len(runs)} runs to train, " if pending and not options.no_train else ""
+    print(f"profile {options.profile}: {planned}{len(names)} pages in {made.folder / 'index.html'}", flush=True)
     made.write_index()
-    if todo and options.backend == "local":
+    if planned and options.backend == "local":
         print(f"about {training_time(pending, options)} of training; pages appear as their runs end", flush=True)
     try:
         if not options.no_train:
