@@ -3,8 +3,8 @@
     python tests/frozen.py write FILE               draw all pages of the committed records, and write every number
     python tests/frozen.py against COMMIT RECORDS   draw a results folder here and by a commit, and tell what differs
 
-Only the command line of silalib is used, so that the script runs with older and newer versions of it. An IPython
-start-up file notes the arrays of each figure when it is saved; tables are read from their CSV files.
+Only the command line of silalib is used, so that the script runs with older and newer versions of it. A
+sitecustomize module notes the arrays of each figure when it is saved; tables are read from their CSV files.
 """
 
 import csv
@@ -73,13 +73,13 @@ def draw(records, profiles, root=ROOT):
     found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        startup, dump = folder / "ipython" / "profile_default" / "startup", folder / "dump"
-        startup.mkdir(parents=True)
+        hook, dump = folder / "hook", folder / "dump"
+        hook.mkdir()
         dump.mkdir()
-        (startup / "hook.py").write_text(f"exec({HOOK!r}, {{}})")  # a notebook may use the same names
+        (hook / "sitecustomize.py").write_text(HOOK)
         environment = os.environ | {
-            "IPYTHONDIR": str(folder / "ipython"), "FROZEN_DUMP": str(dump), "SILALIB_DATA": str(folder / "data"),
-            "SILALIB_RESULTS": str(folder / "results"), "PYTHONPATH": str(root),
+            "FROZEN_DUMP": str(dump), "SILALIB_DATA": str(folder / "data"), "SILALIB_RESULTS": str(folder / "results"),
+            "PYTHONPATH": os.pathsep.join([str(root), str(hook)]),
         }  # fmt: skip
         for profile in profiles:
             shutil.copytree(Path(records, profile, "runs"), folder / "results" / profile / "runs")

@@ -40,7 +40,7 @@ def seal(folder, result, changed=()):
     """Write result.json with the checksums of the changed files, and its own."""
     if isinstance(result, dict) and isinstance(result.get("files"), dict):
         for name in changed:
-            if (folder / name).is_file() and (folder / name).stat().st_size < 10**8:
+            if readable(folder / name):
                 result["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     content = dumped(result)
     (folder / "result.json").write_bytes(content)
@@ -88,10 +88,15 @@ def changed(value, chance):
     return value
 
 
+def readable(path):
+    """Whether a path leads to a file, and not to one of the sparse ones of 10^12 bytes."""
+    return path.is_file() and path.stat().st_size < 10**8
+
+
 def load(folder, name="result.json"):
     """A JSON file, {} where it is no more."""
     try:
-        return json.loads((folder / name).read_bytes()) if (folder / name).is_file() else {}
+        return json.loads((folder / name).read_bytes()) if readable(folder / name) else {}
     except (ValueError, RecursionError):
         return {}
 
@@ -195,7 +200,7 @@ def kind_of_file(folder, victim, chance):
     path, kind = folder / chance.choice(found), chance.randrange(8)
     if path.is_dir() and not path.is_symlink():
         return
-    content = path.read_bytes() if path.is_file() and path.stat().st_size < 10**8 and not path.is_symlink() else b""
+    content = path.read_bytes() if readable(path) and not path.is_symlink() else b""
     path.unlink()
     if kind == 0:
         path.symlink_to(victim / "thesis.tex")

@@ -195,7 +195,7 @@ def themed(svg, name, alt):
     """
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[a-zA-Z.]+(?:2d)?_\d+"', "", svg)  # nothing refers to them
-    svg = re.sub(r'( id="|href="#|url\(#)(?:DejaVuSans-)?', rf"\1{name}-", svg)  # a page has several figures
+    svg = re.sub(r'( id="|href="#|url\(#)(?:DejaVuSans-)?', rf"\g<1>{name}-", svg)  # a page has several figures
     svg = svg.replace("<g>", f'<g id="figure-{name}">', 1)
     svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
     rules = "svg{fill:#e3e5e8}"  # of text in black, which has no style
