@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -408,8 +409,11 @@ def test_in_words():
 def test_what_would_decide_it():
     """Spread 2.5, delta 0.79: 157 seeds, as t(0.975, 156) * 2.5 / sqrt(157) = 0.394 and 0.395 is half of delta."""
     claim = replace(judged("1", GAINS["undecided"]), records={})
-    text, _ = claims.what_decides(claim)
-    assert ": 157 seeds would decide it by its spread. One extension is allowed, to 6 seeds, judged at 99%, " in text
+    with mock.patch.object(claims, "seconds_left", lambda runs, records: {run: 3600 for run in runs[:6]}):
+        text, _ = claims.what_decides(claim)
+    assert (
+        ": 157 seeds would decide it by its spread. One extension is allowed, to 6 seeds, judged at 99%, 6.0 " in text
+    )
     assert text.endswith("`python -m silalib train table1 --profile paper --seeds 3 4 5`.")
     assert "157 seeds would decide it" in claims.in_words(claim)
     assert list(claims.what_decides(judged("1", GAINS["reproduced"]))) == []
@@ -430,3 +434,17 @@ def test_an_effect_that_only_bonferroni_leaves_open_is_named():
     (text,) = claims.what_decides(claim, timed=False)
     # t(0.9875, 3) = 4.1765 and t(0.9875, 4) = 3.4954: half-widths 0.209 of four seeds, 0.156 of five (0.225 is asked)
     assert text.startswith("small: 4 seeds would decide it by its spread.")
+
+
+def test_a_headline_says_a_scope_once_in_a_row():
+    effects = [
+        Effect(name, "points", {0: 1.0}, 3, 0.5)
+        for name in ("one (Table 1, 2 networks)", "two (Table 1, 2 networks)", "three (Table 2)", "four")
+    ]
+    _, text = claims.headline(ClaimVerdict("1", "It helps", tuple(effects), "paper")).split(".** ")
+    assert [part.split(":")[0] for part in text.split("; ")] == [
+        "one (Table 1, 2 networks)",
+        "two",
+        "three (Table 2)",
+        "four",
+    ]

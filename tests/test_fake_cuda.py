@@ -15,6 +15,7 @@ from fake_cuda import CASES, FAULTS
 
 from silalib.files import ROOT
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 

@@ -472,6 +472,7 @@ def killed_at():
     return call
 
 
+@pytest.mark.slow
 def test_killed_at_every_change_to_the_disk_the_next_start_ends_with_the_same_bytes(
     tree, data_folder, killed_at, capsys
 ):

@@ -25,7 +25,7 @@ def first_losses(run, speed):
 
 
 NETWORKS = {
-    "resnet18": dict(nets=("resnet18",) * 2, width=0.25),
+    "resnet18": dict(nets=("resnet18",) * 2, width=0.125),
     "vgg13": dict(nets=("vgg13",), width=0.25, method="zero-peer"),
     "mobilenet": dict(nets=("mobilenet",), width=0.25, method="ind"),
     "wrn16_10": dict(nets=("wrn16_10",), width=0.0625, method="ind"),
@@ -142,6 +142,7 @@ def test_a_learning_rate_in_a_tensor_is_the_same(tiny):
 REAL = (torch.Tensor, torch.nn.Parameter)  # what other tests have compiled may have left others alive
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_50_epochs(tiny, tmp_path):
     """Counted where it is held: tensors alive, and their bytes, at the end of the second epoch and of the last."""
     alive = []

@@ -44,11 +44,19 @@ def judge_all(found, names=None):
 
 
 def headline(*judged):
-    """Judged claims as Markdown, a paragraph each: in bold the verdict, then the numbers on which it rests."""
+    """Judged claims as Markdown, a paragraph each: in bold the verdict, then the numbers on which it rests.
+
+    A scope that several effects in a row have, as "(Figure 7a, ResNet18 pair, 2 networks)", is said once: for a phone.
+    """
     paragraphs = []
     for claim in judged:
-        numbers = "; ".join(f"{effect.name}: **{effect}**" for effect in claim.primary if str(effect))
-        paragraphs.append(f"**{claim.claim}: {claim.verdict}.** {numbers}".strip() + "." * bool(numbers))
+        numbers, before = [], None
+        for effect in filter(str, claim.primary):
+            what, _, scope = effect.name.rpartition(" (")
+            numbers.append(f"{what if scope == before else effect.name}: **{effect}**")
+            before = scope
+        end = "." * bool(numbers)
+        paragraphs.append(f"**{claim.claim}: {claim.verdict}.** {'; '.join(numbers)}".strip() + end)
     return "\n\n".join(paragraphs)
 
 
