@@ -64,7 +64,8 @@ def test_side_by_side_by_hand(frame):
 def test_table_page_stands_without_records(results, name, grid, saved):
     plots.table_page(name, "small", grid("small"), {})
     assert {path.stem for path in (results / "small" / "tables").glob("*.csv")} == saved
-    assert "not run" in (results / "small" / "tables" / f"{min(saved)}.md").read_text()
+    written = (results / "small" / "tables" / f"{min(saved)}.md").read_text()
+    assert "; not run" in written and "paper" in written and "ours" not in written
     assert not (results / "small" / "figures").exists()  # a sentence stands in its place
 
 

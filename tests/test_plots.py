@@ -113,6 +113,15 @@ def test_tables_are_saved_for_others(record, results):
     assert [run["key"] for run in json.loads(files[".json"])["runs"]] == [record.run.key]
 
 
+def test_a_table_without_records_is_its_other_columns_or_a_sentence(results, shown):
+    frame = pd.DataFrame({"network": ["a", "b"], "ours": ["not run", ""], "seeds": [0, 0]})
+    plots.show_table(frame.assign(paper=[76.45, 77.85]), "half", "paper", "Top-1")
+    plots.show_table(frame, "none", "paper", "Top-1")
+    assert "76.45" in shown[0].data and "ours" not in shown[0].data and "seeds" not in shown[0].data
+    assert shown[1].data == "**Not run:** Top-1"
+    assert saved(results / "paper" / "tables", "none")[".csv"] == b"network,ours,seeds\na,not run,0\nb,,0\n"
+
+
 def test_columns_of_words_are_set_to_the_left(results, shown):
     frame = pd.DataFrame([["IND", "1.0 ± 0.1", 3]])
     frame.columns = pd.MultiIndex.from_tuples([("", "method"), ("top-1", "ours"), ("top-1", "seeds")])

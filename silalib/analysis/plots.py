@@ -237,16 +237,22 @@ UNDATED = {
 def show_table(frame, name, profile, caption, data=None, records=()):
     """Display a data frame with a caption; save it as results/<profile>/tables/<name>.csv, .md and .tex.
 
+    A column of nothing but "not run" is in the CSV file alone; where no other is left, a sentence says so.
     data: what the CSV file has instead, the numbers behind a table of text. records: as in `show`.
     """
-    from IPython.display import HTML, display
+    from IPython.display import HTML, Markdown, display
 
+    whole, empty = frame, {"not run", "", "-"}
+    frame = frame.loc[:, [not set(map(str, frame[name])) <= ({"0"} if name == "seeds" else empty) for name in frame]]
     contents = {
-        "csv": (frame if data is None else data).to_csv(index=False, lineterminator="\n").encode(),
+        "csv": (whole if data is None else data).to_csv(index=False, lineterminator="\n").encode(),
         "md": f"{in_markdown(caption)}\n\n{markdown(frame)}".encode(),
         "tex": latex(frame, caption).encode(),
     }
     save("tables", name, profile, contents, records)
+    if frame.shape[1] < min(2, whole.shape[1]):
+        display(Markdown(f"**Not run:** {in_markdown(caption)}"))
+        return
     # JupyterLab sets everything to the right, which is for numbers
     words = [name for name in frame if frame[name].astype(str).str.contains("[A-Za-z]{2}").any()]
     left = {name: [{"selector": "", "props": "text-align: left"}] for name in words}
