@@ -63,9 +63,9 @@ class Record:
         return content
 
     def has(self, name):
-        """Whether a file must be here, or is: weights may be absent, and test.npz of runs not measured under noise."""
-        optional = {"weights.safetensors"} | (set() if self.run.noise_images else {"test.npz"})
-        optional |= {"test.npz", "features.npz"} if files.EVIDENCE in self.path.parents else set()
+        """Whether a file must be here, or is: weights and test.npz, which are large, may be absent."""
+        optional = {"weights.safetensors", "test.npz"}
+        optional |= {"features.npz"} if files.EVIDENCE in self.path.parents else set()
         return name not in optional or (self.path / name).exists()
 
 

@@ -265,7 +265,7 @@ def test_a_flipped_bit_in_a_file_is_found(name, record):
         assert state(record.run) == "done"
 
 
-@pytest.mark.parametrize("name", FILES[:-1])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("weights.safetensors", "test.npz")])
 def test_a_missing_file_is_found(name, record):
     (record.path / name).unlink()
     assert state(record.run) == "damaged"
