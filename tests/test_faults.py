@@ -1,6 +1,5 @@
 """Faults, really made: killed processes, corrupted files, races, full disks, and every mistake a user can make."""
 
-import json
 import multiprocessing
 import os
 import pickle
