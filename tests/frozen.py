@@ -22,7 +22,7 @@ from pathlib import Path
 import golden
 
 ROOT = Path(__file__).resolve().parent.parent
-PROFILES = ("small", "paper")
+PROFILES = ("small",)
 TIMED = ("fig4_time", "fig5_time")
 """What shows times measured by the machine that draws."""
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")

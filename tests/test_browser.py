@@ -189,11 +189,10 @@ def axe():
 
 def findings(browser, axe, page):
     found = []
-    for size in (PHONE, DESK):
-        for scheme in ("light", "dark"):
-            visit(browser, page, size, prefers_color_scheme=scheme)
-            browser.execute_script(axe)
-            found += browser.execute_async_script(AXE)
+    for size, scheme in ((PHONE, "light"), (DESK, "dark")):
+        visit(browser, page, size, prefers_color_scheme=scheme)
+        browser.execute_script(axe)
+        found += browser.execute_async_script(AXE)
     return found
 
 

@@ -55,7 +55,7 @@ def ends_well(process):
     assert process.returncode == 0 and output.splitlines()[-1].endswith("-m silalib report"), error
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_installation_begins_again(kills, clone, counts):
     """With all that it started, or the script alone, whose children then go on for a while."""
     chance = random.Random(0)
