@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the fast tests: ./run_tests.sh [options of pytest]; the slow ones with: ./run_tests.sh -m slow
+# Run the fast tests: ./run_tests.sh [options of pytest]; all slow ones with: ./run_tests.sh -m slow
 set -euo pipefail
 CDPATH= cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 . ./environment.sh

@@ -93,6 +93,7 @@ def grid(tiny, seeds=3):
 
 
 @needs_ray
+@pytest.mark.long
 def test_a_killed_workers_run_is_resumed_and_nothing_trained_twice(
     two_machines, tiny, results, comparable, tmp_path, capsys
 ):
@@ -112,6 +113,7 @@ def test_a_killed_workers_run_is_resumed_and_nothing_trained_twice(
 
 
 @needs_ray
+@pytest.mark.long
 def test_without_a_shared_folder_a_killed_workers_run_begins_again(two_machines, tiny, results, tmp_path, capsys):
     run = tiny()
     on_ray([run], watched(tmp_path, run.key, 2), shared=False)
@@ -151,6 +153,7 @@ def test_a_stopped_run_brings_its_checkpoint_without_a_shared_folder(
 
 
 @needs_ray
+@pytest.mark.long
 def test_a_budget_brings_checkpoints_too(two_machines, tiny, results):
     run = tiny(epochs=10**6)
     with pytest.raises(Stopped, match="1 of 1 runs left"):

@@ -87,6 +87,7 @@ def test_what_is_added_is_small_and_fits(copy):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_is_added_trains_and_is_tested(copy, results):
     outputs = {}
     for heading, language, code in blocks("extending.md"):
@@ -127,6 +128,7 @@ def test_a_number_is_reproduced(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_number_is_trained_in_quick():
     heading, language, code = blocks("reproduce.md")[-1]
     assert (heading, language) == ("Train it again", "bash")

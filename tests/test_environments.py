@@ -130,6 +130,7 @@ def test_no_environment_changes_a_figure(group, clean, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_report_that_is_killed_ends_with_the_same_bytes(clean, tmp_path, counts):
     began = time.monotonic()
     assert pictures(tmp_path / "timed", {}) == clean

@@ -30,6 +30,7 @@ def test_an_unknown_part_is_wrong_usage(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_rehearsal_ends_with_records_that_load(tmp_path, results):
     """Started through a link and from elsewhere; nothing is written into the checkout."""
     before = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True).stdout

@@ -9,6 +9,7 @@ KEPT = Path(__file__).with_name("frozen.json")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pages_draw_what_they_drew():
     keys, expected = frozen.kept(KEPT)
     assert sum(map(len, keys.values())) > 10 and len(expected) > 50

@@ -33,7 +33,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", [pytest.param(p, marks=pytest.mark.long) if p == "paper" else p for p in PROFILES])
 def test_committed_records_are_redrawn_to_the_same_bytes(redraw, results, profile):
     """Two pages, which `report` executes twice; test_frozen.py draws all of them."""
     contained, drawn = notebooks.contents(experiments.EXHIBITS), []

@@ -33,7 +33,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, pytest.param("densenet121", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [*NETWORKS, pytest.param("densenet121", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_fast_settings_follow_the_plain_path_for_20_steps(case, tiny):
     """Float32 differs by the order of sums alone, which dropout and pooling spread: 1 percent of the NLL at most, 0.1
     on average. bfloat16 has 8 bits: 10 percent at most, 3 on average. A small rate keeps the trajectory from chaos."""
@@ -60,6 +60,7 @@ def test_one_thread_gives_the_threads_back():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fast_settings_end_as_accurate_as_the_plain_ones(tmp_path):
     """On digits, as Table 1's quick trains: the means of three pairs differ by less than twice the spread of a run."""
     top1 = {"fast": [], "plain": []}
@@ -208,6 +209,7 @@ def test_projected_time_is_cost_times_measured_speed():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_train_step_prints_a_table_and_writes_what_it_rests_on(tmp_path, capsys):
     """One step each, so the values mean little; how they hang together is arithmetic."""
     output = tmp_path / "deep" / "bench.json"
