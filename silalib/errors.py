@@ -1,7 +1,12 @@
 """Errors that a user can cause: one line that says what to do, in a terminal and in a notebook, never a traceback."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
+from . import __version__
+
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+"""A file of the checkout, which a wheel has not."""
 REPORT = "IPython", "jinja2", "jupyter_client", "jupyter_core", "latex2mathml", "matplotlib", "nbconvert", "papermill"
 
 
@@ -34,7 +39,10 @@ def missing_extra(error):
     if name == "silalib":
         raise error
     extra = "cluster" if name == "ray" else "report" if name in REPORT else "train"
-    return MissingExtra(f"{name} is not installed: in the checkout, pip install -c constraints.txt -e '.[{extra}]'")
+    mend = f"pip install 'silalib-{__version__}-py3-none-any.whl[{extra}]', with the path of that wheel"
+    if CONSTRAINTS.exists():
+        mend = f"in the checkout, pip install -c constraints.txt -e '.[{extra}]'"
+    return MissingExtra(f"{name} is not installed: {mend}")
 
 
 class CorruptFile(UserError):

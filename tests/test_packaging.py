@@ -68,6 +68,12 @@ def test_every_missing_module_is_told_with_its_extra():
         missing_extra(ModuleNotFoundError("a fault of ours", name="silalib.nothing"))
 
 
+def test_elsewhere_than_in_a_checkout_the_wheel_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("silalib.errors.CONSTRAINTS", tmp_path / "nothing")
+    told = str(missing_extra(ModuleNotFoundError(name="papermill")))
+    assert told.startswith("papermill is not installed: pip install 'silalib-") and ".whl[report]'" in told
+
+
 def without(module, code):
     """A process's exit status, output and errors, in which a module cannot be imported."""
     code = f"import sys; sys.modules[{module!r}] = None\n{code}"
