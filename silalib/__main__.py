@@ -144,9 +144,10 @@ def report(options):
     pending = [run for run in runs if not find(run, options.profile)]
     planned = f"{len(pending)} of {len(runs)} runs to train, " if pending and not options.no_train else ""
     print(f"profile {options.profile}: {planned}{len(names)} pages in {made.folder / 'index.html'}", flush=True)
-    made.write_index()
-    if planned and options.backend == "local":
-        print(f"about {training_time(pending, options)} of training; pages appear as their runs end", flush=True)
+    if planned:
+        made.write_index()
+        if options.backend == "local":
+            print(f"about {training_time(pending, options)} of training; pages appear as their runs end", flush=True)
     try:
         if not options.no_train:
             with build.beside_training(made, names if pending else []):

@@ -29,10 +29,11 @@ def build(
     """
     report = Report(profile, seeds, folder, exhibits)
     executed = report.folder.with_name("notebooks")
-    report.write_index()
-    executed.mkdir(exist_ok=True)
     made_of = {stem: inputs(report, stem, train) for stem in stems or report.notebooks}
     changed = [stem for stem in made_of if not unchanged(report, stem, made_of[stem])]
+    if changed:
+        report.write_index()
+        executed.mkdir(exist_ok=True)
     if len(changed) < len(made_of):
         say(f"{len(made_of) - len(changed)} of {len(made_of)} pages are as their records and code are: kept")
     parameters = dict(profile=profile, seeds=seeds, device=device, workers=workers, train=train)
