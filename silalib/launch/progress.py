@@ -32,7 +32,7 @@ class Progress:
         self.costs, self.clock = costs, clock
         self.share, self.at_start = dict.fromkeys(costs, 0.0), {}  # of each run, from 0 to 1; of a resumed one at first
         self.accuracy, self.ended = {}, 0  # of each run after its last epoch; how many have ended
-        self.started = self.last_line = clock()
+        self.started, self.last_line = None, clock()
         self.notebook = hasattr(sys.modules.get("ipykernel"), "kernelapp")  # whether this is a Jupyter kernel
         hidden = not (self.notebook or sys.stderr.isatty()) or bool(os.environ.get("TQDM_DISABLE"))
         width = "" if self.notebook else ":10"  # a terminal's would shrink to nothing beside the text
@@ -67,7 +67,8 @@ class Progress:
         return sum(share * self.costs[run] for run, share in shares.items()) / sum(self.costs.values())
 
     def left(self):
-        """Time left, from what was trained since the start."""
+        """Time left, from what was trained since the first message: until then workers start."""
+        self.started = self.clock() if self.started is None else self.started
         done, elapsed = self.weighted(self.share), self.clock() - self.started
         trained = done - self.weighted(self.at_start)
         told = trained >= 0.01 and elapsed >= 3 and done < 1
