@@ -233,6 +233,9 @@ def main(arguments=None):
         line, code = f"error: {error}", 1
     except ModuleNotFoundError as error:
         line, code = f"error: {missing_extra(error)}", 1
+    except BrokenPipeError:  # who reads the output wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         line, code = f"error: {error.filename or 'a file'}: {error.strerror or error}", 1
     print(f"silalib: {printable(line)}", file=sys.stderr)

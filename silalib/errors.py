@@ -5,8 +5,7 @@ from pathlib import Path
 
 from . import __version__
 
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
-"""A file of the checkout, which a wheel has not."""
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"  # which a wheel has not
 REPORT = "IPython", "jinja2", "jupyter_client", "jupyter_core", "latex2mathml", "matplotlib", "nbconvert", "papermill"
 
 

@@ -17,7 +17,6 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from . import files
 from .data import dataset, known_checksum
@@ -334,11 +333,3 @@ def load_network(run, head=0):
 
 
 HALF = "net1_half.safetensors"  # Net1 in half precision: what git keeps of the weights of a few runs
-
-
-def write_half(record):
-    """Write Net1's weights in half precision beside a record that has them all."""
-    tensors = load_tensors(record.read("weights.safetensors"))
-    half = {k: v.half() for k, v in tensors.items() if k in ("mean", "std") or k.startswith("0.")}
-    write_atomically(record.path / HALF, content := save_tensors(half))
-    write_atomically((record.path / HALF).with_suffix(".sha256"), f"{sha256(content)}  {HALF}\n".encode())

@@ -26,7 +26,7 @@ QUESTIONS = {
     ALONE: ("1", "top-1, SiLa over IND"),
     EQUAL: ("A", "top-1"),
     "Better than DML?": ("2", "top-1, SiLa over DML"),
-    CALIBRATED: ("B", "ECE"),
+    CALIBRATED: ("B", "ECE, "),
     "Tighter features?": ("6", "scatter ratio"),
 }
 """A reader's question -> the claim, and the beginning of the name of its effect, that answers it."""
@@ -120,7 +120,9 @@ def paragraphs(answer):
         advice = advice.get(rows[EQUAL].effect.verdict, advice[""])
     if rows[CALIBRATED].profile:
         row = rows[CALIBRATED]
-        advice += f" Its calibration: {told('ECE of IND minus its own', row)} ({row.effect.said})."
+        mended = [effect for effect in answer.judged["B"][1].effects if effect.name.startswith(claims.SCALED)]
+        scaled = "".join(f"; after temperature scaling {effect}" for effect in mended if str(effect))
+        advice += f" Calibration error (ECE), IND minus SiLa: {told('', row).strip()} ({row.effect.said}){scaled}."
     paragraphs = {
         "Does SiLa work?": f"{WORDS.get(first.verdict, 'Not decided yet')}{beside}.",
         "Should I use it?": advice,
@@ -150,11 +152,12 @@ def what_is_left(answer):
         missing = {run for effect in effects for run in effect.awaited}
         if missing:
             every = missing | {run for effect in effects for run in effect.runs}
-            lines.append(f"At `{profile}` {len(missing)} of {len(every)} runs are missing: `./run_all.sh {profile}`.")
+            runs = f"{len(missing)} of the {len(every)} runs that judge are missing"
+            lines.append(f"At `{profile}` {runs}: `./run_all.sh {profile}`.")
     lines += [line for _, claim in answer.judged.values() for line in claims.what_decides(claim, timed=False)]
     if not lines:
         return "Every run that judges is trained." if answer.found else "`./run_all.sh small` trains on real data."
-    return " ".join([*lines, "`python -m silalib status --profile small` says how many hours that takes."])
+    return " ".join([*lines, "`python -m silalib status --profile small` says how many hours are left."])
 
 
 def how_far(answer):
@@ -210,6 +213,7 @@ def figure(answer):
     fig, ax = plt.subplots(figsize=(7.6, 0.9 + 0.62 * len(answer.rows)))
     for y, (question, profile, effect) in enumerate(answer.rows):
         ax.text(-1.15, y - 0.3, question, fontsize=11, weight="bold")
+        ax.plot([0, 0], [y - 0.2, y + 0.28], color="#333333", linewidth=1)
         mean, half = effect.mean, 0 if np.isnan(effect.half_width) else effect.half_width
         size = 1.15 * np.nanmax([abs(mean) + half, effect.delta or 0, abs(effect.paper), 1e-9])
         if profile:
@@ -221,9 +225,9 @@ def figure(answer):
     ax.errorbar([], [], xerr=[], fmt="o", color=plots.COLOURS["sila"], label="ours, 95% over seeds")
     ax.plot([], [], "D", color="black", fillstyle="none", markersize=9, label="the paper")
     ax.plot([], [], color="#777777", linestyle=":", label="smallest effect of interest")
-    ax.axvline(0, color="#333333", linewidth=1)
     ax.set(xlim=(-1.15, 1.08), ylim=(len(answer.rows) - 0.5, -0.7), xticks=[-0.55, 0.55], yticks=[])
     ax.set_xticklabels(["← SiLa is worse", "SiLa is better →"])
+    ax.set_xlabel("each row has its own scale")
     ax.grid(False)
     ax.tick_params(bottom=False)
     ax.spines[:].set_visible(False)

@@ -27,6 +27,7 @@ from .verdict import ClaimVerdict, Effect, Pair, paired, seeds_to_decide
 VERDICTS = ("reproduced", "negligible", "contradicted", "undecided")
 
 RATIO = log(1.1)
+SCALED = "ECE after temperature scaling"
 """Smallest ratio of interest, as its logarithm."""
 
 
@@ -134,7 +135,9 @@ def of_tables(found, names, method, over, deltas, metrics):
             delta = deltas.get(metric, {}).get("small" if found.profile == "small" else name)
             delta = None if (found.profile, name) == ("small", "table2") else delta
             what = tables.METRICS[metric].replace("Top", "top")
-            title = f"{what}, {LABELS[method]} over {LABELS[over]} ({scope(rows)})"
+            both = f"{LABELS[method]} over {LABELS[over]}"
+            both = f"{LABELS[over]} minus {LABELS[method]}" if metric == "nll" else both  # the less, the better
+            title = f"{what}, {both} ({scope(rows)})"
             pairs = [
                 Pair((row.dataset, row.pair, row.net), row.seed, row.gain, row.run, row.run_over, row.net - 1,
                      row.net_over - 1, "" if np.isfinite(row.gain) else found.why((row.run, row.run_over), "no number"))
@@ -273,8 +276,8 @@ def added_parameters(loss=SiameseLabelsLoss):
             networks = [run.network(slot) for slot in range(len(run.nets))]
             trained = count_parameters(torch.nn.ModuleList([*networks, loss()]))
         counts.append(trained - sum(map(count_parameters, networks)))
-    name = "parameters added to the networks of a training with SiLa"
-    return Effect(name, "", wins=counts.count(0), total=len(counts), exact=True)
+    name = "parameters of the networks in a training with SiLa"
+    return Effect(name, "parameters added", wins=counts.count(0), total=len(counts), exact=True)
 
 
 def equal_compute(found):
@@ -288,10 +291,11 @@ def equal_compute(found):
 
 
 def calibrated(found):
-    """Ours, B: expected calibration error."""
-    error = lambda record, head: -record.heads[head].get("ece", np.nan)
-    name = "ECE, IND over SiLa (Table 1, ResNet18 pair, 2 networks)"
-    yield compared(found, name, "points", pairs(found, "fig3", "sila", "ind", error), 1.0)
+    """Ours, B: expected calibration error; after temperature scaling it is shown."""
+    for name, field, delta in (("ECE", "ece", 1.0), (SCALED, "ece_scaled", None)):
+        error = lambda record, head, field=field: -record.heads[head].get(field, np.nan)
+        name += ", IND minus SiLa (Table 1, ResNet18 pair, 2 networks)"
+        yield compared(found, name, "points", pairs(found, "fig3", "sila", "ind", error), delta)
 
 
 CLAIMS = {

@@ -44,8 +44,6 @@ class DatasetSpec:
     read: Callable | None = None
 
 
-Dataset = DatasetSpec  # its name before torch's Dataset was meant by the word
-
 _SHA256 = {
     "mnist": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
     "cifar10": "9048fcbac9c08a64d57a7c5a5a66750a974ad4eab380914df129f7e223d823df",

@@ -144,8 +144,8 @@ RESULTS = {
 def result(claim, part):
     """A card's words: the first effect's number and verdict, "+0.61 ± 0.60 points: reproduced"."""
     effect = next((effect for effect in claim.primary if part in effect.name), None)
-    if effect is None or claim.profile == "quick":
-        return "judges nothing"
+    if claim.profile == "quick" or effect is None:
+        return "judges nothing" if claim.profile in ("quick", "small") else "not run"
     return f"{effect}: {effect.verdict}" if str(effect) else effect.verdict
 
 

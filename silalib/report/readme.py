@@ -38,7 +38,8 @@ Made by `python -m silalib.report.readme` from the records in this folder. Each 
 
 EXPLANATION = """
 IND: trained independently. DML: deep mutual learning. A number is a mean over networks, exits or costs, with its 95%
-interval over seeds; positive supports the claim. A and B are questions of our own. No number mixes two profiles.
+interval over seeds; positive supports the claim. The paper's is the mean of what it prints: of two equal networks with
+SiLa that is Net1 alone. A and B are questions of our own. No number mixes two profiles.
 """
 
 
@@ -65,9 +66,12 @@ def render(found, root=ROOT):
     whole, parts = answer.answer(found), [INTRODUCTION]
     parts += [answer.in_markdown(whole, f"../{PICTURE}"), "\n## Every verdict\n", EXPLANATION]
     for profile, evidence in found.items():
-        rows = [row for claim in claims.judge_all(evidence) for row in of_claim(claim)]
+        judged = claims.judge_all(evidence)
+        rows = [row for claim in judged for row in of_claim(claim)]
         header = ["claim", "what is compared", "the paper prints", "measured", "verdict"]
         parts += [f"\n### Profile {profile}\n", plots.markdown(pd.DataFrame(rows, columns=header))]
+        if left := [f"{claim.name}. {claim.claim}" for claim in judged if claim.verdict == "not run"]:
+            parts += [f"\nNot run: {'; '.join(left)}.\n"]
     trained_for = ["trained for", "profile", "training", "runs", "seeds", "time", "hardware"]
     parts += ["\n## What was trained\n", plots.markdown(pd.DataFrame(trainings(found), columns=trained_for))]
     parts += [part for profile, evidence in found.items() for part in exhibits(profile, evidence, root)]
