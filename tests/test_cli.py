@@ -219,3 +219,11 @@ def test_a_record_says_where_it_comes_from(one_exhibit, results):
     for path in results.rglob("result.json"):
         provenance = json.loads(path.read_bytes())["provenance"]
         assert {"silalib", "torch", "device", "precision", "data_sha256", "seconds", "finished"} <= set(provenance)
+
+
+def test_a_reader_that_wants_no_more_is_no_error(results):
+    """As of `status | head`: the other end of the pipe is closed before anything is written."""
+    command = [sys.executable, "-m", "silalib", "status"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
