@@ -123,6 +123,7 @@ def test_without_a_shared_folder_a_killed_workers_run_begins_again(two_machines,
 
 
 @needs_ray
+@pytest.mark.long
 def test_a_damaged_record_is_trained_again_without_a_shared_folder(two_machines, tiny, results, comparable, tmp_path):
     (run,) = grid(tiny, 1)
     folder = results / "quick" / "runs" / run.key
@@ -135,6 +136,7 @@ def test_a_damaged_record_is_trained_again_without_a_shared_folder(two_machines,
 
 
 @needs_ray
+@pytest.mark.long
 def test_a_stopped_run_brings_its_checkpoint_without_a_shared_folder(
     two_machines, tiny, results, tmp_path, usual_interrupt, capsys
 ):
@@ -170,6 +172,7 @@ def test_a_failing_run_does_not_stop_the_others(two_machines, tiny, capsys):
 
 
 @needs_ray
+@pytest.mark.long
 def test_a_failure_comes_back_without_a_shared_folder(two_machines, tiny, results, capsys):
     earlier, now = tiny(lr=1e6), tiny(lr=1e7)
     (results / "quick" / "runs" / earlier.key).mkdir(parents=True)
@@ -182,6 +185,7 @@ def test_a_failure_comes_back_without_a_shared_folder(two_machines, tiny, result
 
 
 @needs_ray
+@pytest.mark.long
 def test_an_internal_error_on_a_worker_is_told_with_its_traceback(two_machines, tiny, results, capsys):
     def fails(*arguments, **how):
         raise RuntimeError("a bad kernel\nand more")

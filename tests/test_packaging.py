@@ -135,4 +135,4 @@ def test_a_wheel_beside_torch_alone_trains_a_pair(tmp_path):
     status, printed, errors = run("-m", "silalib", "train", "fig6")
     assert (status, printed) == (1, "") and "Traceback" not in errors
     told = errors.splitlines()[-1]  # after torch's own warning that numpy is missing
-    assert re.fullmatch(r"silalib: error: \w+ is not installed: .*'\.\[train\]'", told)
+    assert re.fullmatch(r"silalib: error: \w+ is not installed: pip install '.*\.whl\[train\]'.*", told)
