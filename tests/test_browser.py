@@ -218,7 +218,11 @@ VERDICT += "|[Dd]emonstration"  # page 14
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.parent.name)
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(f, marks=pytest.mark.long) if f.parent.name == "paper" else f for f in REPORTS],
+    ids=lambda folder: folder.parent.name,
+)
 def test_every_committed_page_answers_on_its_first_screen(browser, axe, folder):
     """The verdict, with a number where there are records; no table without one; and axe-core finds nothing."""
     for page in sorted(folder.glob("[0-9]*.html")):

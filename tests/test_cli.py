@@ -129,6 +129,7 @@ def test_data_that_must_be_prepared_count_as_success(one_exhibit, plan, data_fol
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_only_whole_gives_up_what_cannot_end(one_exhibit, plan, capsys):
     """A run that would take longer than the budget is given up soon after its first seconds."""
     plan(lambda profile="quick", seeds=None: [replace(r, epochs=10**6) for r in one_exhibit(profile, [0])[:1]])

@@ -87,6 +87,7 @@ def test_differences_are_found():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_commit_equals_itself_to_the_bit(tmp_path):
     """What `against` is for: here and a worktree of the last commit, if nothing was changed since."""
     git = ["git", "-C", golden.ROOT]

@@ -196,6 +196,7 @@ def test_documented_sizes_of_networks():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_python_of_the_readme_runs(results):
     """In a process of its own, as its reader would."""
     pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/usage.md")]

@@ -257,5 +257,6 @@ def with_roles(table):
     for pattern, replacement in TABLE_ROLES:
         content = re.sub(pattern, replacement, content)
     content = re.sub(r"\$([^$<]+)\$", lambda found: mathml(html.unescape(found[1])), content)
-    name = caption[1].replace('"', "&quot;").replace("$", "") if caption else "Table"
+    name = caption[1] if caption else ", ".join(re.findall(r"<th[^>]*>([^<]+)</th>", content)[:3]) or "Table"
+    name = name.replace('"', "&quot;").replace("$", "")
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{content}</div>'
