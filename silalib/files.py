@@ -37,8 +37,9 @@ LARGEST = {".sha256": 2**12, ".json": 2**27, ".csv": 2**26, ".npz": 2**30}  # by
 def read_bytes(path, what):
     """A file's bytes. Raises CorruptFile where it is missing, a link, no plain file, larger than its kind can be, or
     where the disk cannot read it, and says what to do."""
+    plain = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with open(path, "rb", opener=plain) as file:  # which closes what turns out to be a folder
             found = os.fstat(file.fileno())
             if stat.S_ISREG(found.st_mode) and found.st_size <= LARGEST.get(path.suffix, 2**34):
                 return file.read()

@@ -44,6 +44,8 @@ def seal(folder, result, changed=()):
             if readable(folder / name):
                 result["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     content = dumped(result)
+    if any(path.exists() and not path.is_file() for path in (folder / "result.json", folder / "result.sha256")):
+        return  # a pipe would wait for its reader
     (folder / "result.json").write_bytes(content)
     (folder / "result.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  result.json\n")
 

@@ -18,8 +18,9 @@ from test_report import shown_by
 from silalib import experiments, records
 from silalib.__main__ import main
 from silalib.analysis import plots, tables
+from silalib.errors import CorruptFile
 from silalib.experiments import EXHIBITS, Exhibit
-from silalib.files import ROOT
+from silalib.files import ROOT, read_bytes
 from silalib.launch.ensure import ensure
 from silalib.launch.progress import Progress
 from silalib.report import pages
@@ -251,3 +252,12 @@ def test_the_report_names_each_damaged_record_and_shows_the_others(tmp_path):
     assert f"<dd>{len(seeds)} of {2 * len(seeds)}</dd>" in page and "could not be built" not in page
     assert (tmp_path / "results" / "small" / "report" / "index.html").exists()
     assert (victim / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_folder_in_the_place_of_a_file_keeps_nothing_open(tmp_path):
+    open_now = lambda: len(os.listdir("/proc/self/fd"))
+    before = open_now()
+    for _ in range(3):
+        with pytest.raises(CorruptFile):
+            read_bytes(tmp_path, "mend it")
+    assert open_now() == before
