@@ -45,7 +45,10 @@ def made(trained):
     return result, {name: record.read(name) for name in record.result["files"] if name != "run.json"}
 
 
-@pytest.mark.parametrize("batches", [1, pytest.param(5, marks=pytest.mark.slow)])
+BATCHES = [1, pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=[pytest.mark.slow, pytest.mark.long])]
+
+
+@pytest.mark.parametrize("batches", BATCHES)
 def test_mutated_records_end_no_command(batches, trained, made, plan, results, tmp_path, counts, capsys):
     """Half of the records are whole, and shown; of the others each is damaged, or trained again, or harmless."""
     run, source = trained

@@ -27,8 +27,9 @@ from .verdict import ClaimVerdict, Effect, Pair, paired, seeds_to_decide
 VERDICTS = ("reproduced", "negligible", "contradicted", "undecided")
 
 RATIO = log(1.1)
-SCALED = "ECE after temperature scaling"
 """Smallest ratio of interest, as its logarithm."""
+
+SCALED = "ECE after temperature scaling"
 
 
 def judge(profile, seeds=None, names=None):
