@@ -12,19 +12,14 @@ from .errors import UserError
 
 PROTOCOL = 1
 """Training protocol version; bump it when results change: records of another protocol are refused."""
-
 PAPER_MILESTONES = (30, 55, 80, 105, 135, 160, 180, 200, 220, 240)
-
 CASTS = {
-    int: (index, "a whole number"),
-    int | None: (index, "a whole number"),
-    float: (float, "a number"),
-    str: (str, "a word"),
+    int: (index, "a whole number"), float: (float, "a number"), str: (str, "a word"),
     bool: (lambda value: {"True": True, "False": False}[repr(value)], "True or False"),
     "nets": (lambda names: (names,) if isinstance(names, str) else tuple(map(str, names)), "a list"),
     tuple: (lambda values: tuple(map(float, values)), "a list"),
-    tuple | None: (lambda values: tuple(map(float, values)), "a list"),
-}
+}  # fmt: skip
+CASTS |= {int | None: CASTS[int], tuple | None: CASTS[tuple]}
 """Name or type of a field -> what makes equal settings equal values, or raises, and what the field takes in words."""
 
 

@@ -120,10 +120,8 @@ class Material:
         `transform` needs."""
         labels, size = self.splits["train"].labels, self.run.batch_size
         plan = epoch_plan(self.run, number, len(labels), self.device)
-        self.loader.begin(plan[0][first_step * size : end_step * size], size)
-        for step in range(first_step, end_step):
-            index, offset, flip, *choices = (part[step * size : (step + 1) * size] for part in plan)
-            yield self.loader.crop_flip(index, offset, flip), labels[index], *choices
+        for images, index, choices in self.loader([part[first_step * size : end_step * size] for part in plan], size):
+            yield images, labels[index], *choices
 
     def inputs(self, images, channels_last=True):
         """Normalised images (B, C, H, W), as networks take them, for uint8 images (B, H, W, C)."""
