@@ -43,10 +43,9 @@ def final(training, pauses):
     tensors = {name: getattr(training.material.normalise, name) for name in ("mean", "std")}
     tensors |= {f"{slot}.{k}": v for slot, net in training.nets.items() for k, v in net.state_dict().items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    parts = training.ranks.gather((lists, (arrays, found, tensors)))
+    lists, dicts = zip(*training.ranks.gather((lists, (arrays, found, tensors))))
     if training.ranks.rank:  # the first process has the record
         return None
-    lists, dicts = zip(*parts)
     heads, noise_rows, logits, predicted, cpu_seconds = (list(chain(*part)) for part in zip(*lists))
     arrays, found, tensors = ({k: v for own in part for k, v in own.items()} for part in zip(*dicts))
     result = {"heads": heads}
@@ -65,8 +64,7 @@ def final(training, pauses):
     origin |= {"parts": training.parts} if len(training.parts) > 1 else {}  # which process trained from which step
     origin |= {"data_sha256": training.material.checksum, "train_images": len(splits["train"])}
     origin |= {"seconds": round(training.seconds, 1), "seconds_final": round(time.monotonic() - began, 1)}
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
-    origin |= {"cpu_seconds": round(sum(cpu_seconds), 1), "finished": finished}
+    origin |= {"cpu_seconds": round(sum(cpu_seconds), 1), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
     return result | {"provenance": origin}, files
 
 
@@ -139,8 +137,7 @@ def sharpness(training, pauses):
         yield values
 
 
-def fixed_train_images(training, n):
-    """The first n training images in the balanced order: the same for every run on this data."""
+def fixed_train_images(training, n):  # the first n in the balanced order: the same for every run on this data
     split = training.splits["train"]
     chosen = data.balanced_order(split.labels.cpu())[:n].to(training.device)
     return split.images[chosen], split.labels[chosen]

@@ -78,8 +78,7 @@ def train(run, folder, device="auto", *, progress=lambda **message: None, ranks=
             give_memory_back()
 
 
-def give_memory_back():
-    """Free this GPU's memory for the next run and for other processes."""
+def give_memory_back():  # a GPU's, for the next run and for other processes
     gc.collect()
     getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # of every stream; not in a PyTorch for CPUs
     with suppress(RuntimeError):  # after a failed capture the allocator refuses; its process trains nothing more
@@ -222,12 +221,11 @@ class Training:
         self.at_test = self.predict(test.images)
         test = metrics.summaries(self.at_test, test.labels)
         norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
-        seconds = round(began - self.epoch_began, 4), round(time.monotonic() - began, 4)
-        norms, rows = cycle(torch.stack(norms).tolist()), []
-        for head, values, at_test, norm in zip(self.heads, means, test, norms):
-            rows.append({"epoch": epoch + 1, "head": head, "lr": self.lr} | dict(zip(metrics.STATISTICS, values)))
-            rows[-1] |= {f"test_{k}": v for k, v in at_test.items()} | {"weight_norm": norm}
-            rows[-1] |= {"seconds_train": seconds[0], "seconds_test": seconds[1]}
+        norms = cycle(torch.stack(norms).tolist())
+        ended = dict(seconds_train=round(began - self.epoch_began, 4), seconds_test=round(time.monotonic() - began, 4))
+        rows = [{"epoch": epoch + 1, "head": head, "lr": self.lr} | dict(zip(metrics.STATISTICS, values))
+                | {f"test_{k}": v for k, v in at_test.items()} | {"weight_norm": norm} | ended
+                for head, values, at_test, norm in zip(self.heads, means, test, norms)]  # fmt: skip
         rows = list(chain(*self.ranks.gather(rows)))
         self.rows += rows
         if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in rows):
