@@ -7,7 +7,9 @@ import timeit
 from itertools import accumulate
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.optimize import brentq
 from torch import nn
 from torch.utils import benchmark
 
@@ -31,8 +33,6 @@ def exit_costs(network, image, budgeted=False):
 
 def anytime(record):
     """Anytime prediction (Figure 5): a data frame with a row per exit: exit, macs, top1, top5 (percent), nll."""
-    import pandas as pd
-
     return pd.DataFrame(record.heads, columns=["macs", "top1", "top5", "nll"]).rename_axis("exit").reset_index()
 
 
@@ -48,8 +48,6 @@ def exit_distribution(q, exits):
 def distribution_for(budget, costs):
     """The `exit_distribution` (C,) whose average cost is the budget, in MACs an image; above the last exit's cost every
     sample goes to the last exit. Raises UserError for a budget below the first exit's cost."""
-    from scipy.optimize import brentq
-
     costs = np.asarray(costs, float)
     if not budget >= costs[0]:
         raise UserError(f"a budget of {budget:g} MACs an image is below the first exit's cost, {costs[0]:g}")

@@ -19,8 +19,7 @@ def pad(images, augment):
 def epoch_plan(run, epoch, n, device):
     """Every random choice of one epoch over n images, drawn on the CPU and moved once.
     Returns (order, offset, flip) of shapes (n,), (n, 2) and (n,): which image, where its crop begins in the padded
-    image, whether it is mirrored; then what `transform` needs: `autoaugment.draw`, or angles (n,), -15 to 15 degrees.
-    """
+    image, whether it is mirrored; then, for `transform`, `autoaugment.draw` or angles (n,), -15 to 15 degrees."""
     g = generator(run.seed, "epoch", epoch)
     order = torch.randperm(n, generator=g)
     offset = torch.randint(2 * PADDING + 1, (n, 2), generator=g)

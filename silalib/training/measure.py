@@ -36,7 +36,7 @@ def final(training, pauses):
             kept = metrics.per_image(z, held.labels, run.nets[0])
             arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
     found = features(training, heads) if all(hasattr(net, "embed") for net in networks) else {}
-    noise_rows = noise(training, pauses) if run.noise_images else []
+    noise_rows = list(noise(training, pauses)) if run.noise_images else []
     for values, curvature in zip(heads, sharpness(training, pauses) if run.hessian_images else ()):
         values["curvature"] = curvature
     lists = heads, noise_rows, [z.cpu() for z in logits], [z.argmax(1).cpu() for z in at_end], [pauses.cpu_seconds()]
@@ -109,16 +109,14 @@ def features(training, heads):
 
 def noise(training, pauses):
     """Rows of noise.csv (Figure 7b): training NLL under noise on the parameters, on fixed, unaugmented images."""
-    run, rows = training.run, []
-    images, labels = fixed_train_images(training, run.noise_images)
+    run, (images, labels) = training.run, fixed_train_images(training, training.run.noise_images)
     for head, net in training.nets.items():
         predict, seed = lambda net, slot=head: training.predict(images, slot)[0], derive(run.seed, "noise", head)
         for kind in robustness.LARGEST_SIGMA:
             pauses.check()
             curve = robustness.parameter_noise(net, predict, labels, run.noise_sigmas, run.noise_draws, kind, seed)
-            rows += [{"head": head} | row for row in curve]
+            yield from ({"head": head} | row for row in curve)
         training.report(final=f"noise, network {head + 1} of {len(run.nets)}")
-    return rows
 
 
 def sharpness(training, pauses):
