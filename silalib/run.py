@@ -126,15 +126,19 @@ class Run:
         return min(head, len(self.nets) - 1)
 
     def network(self, slot):
-        """A new network of one slot, with initial weights from torch's generator."""
+        """A new network of one slot with its initial weights, a function of (seed, slot) alone."""
+        from torch.random import default_generator, fork_rng
+
         from .data import dataset
         from .models import EXITS, MODELS
+        from .randomness import derive
 
         spec, name = dataset(self.dataset), self.nets[slot]
         of_exits = {"blocks": self.blocks} if name in EXITS else {}
-        network = MODELS[name](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
-        if self.init == "pytorch":
-            for layer in network.modules():
+        with fork_rng(devices=[]):
+            default_generator.manual_seed(derive(self.seed, "weights", slot))
+            network = MODELS[name](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
+            for layer in network.modules() if self.init == "pytorch" else ():
                 if hasattr(layer, "reset_parameters"):
                     layer.reset_parameters()
         return network

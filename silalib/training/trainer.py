@@ -45,13 +45,6 @@ def learning_rate(run, step, steps_per_epoch):
     return run.lr * run.gamma**passed * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
 
-def build(run, slot):
-    """The network of one slot with its initial weights, a function of (seed, slot) alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(derive(run.seed, "weights", slot))
-        return run.network(slot)
-
-
 def train(run, folder, device="auto", *, progress=lambda **message: None, ranks=None, bf16=None, graphs=True, **pauses):
     """Train one run to the end, resuming from a checkpoint in `folder` if there is one: (result, files) of its record.
     progress(**message) hears of each epoch, and of the step every other second. graphs: whether to use CUDA graphs.
@@ -101,7 +94,7 @@ class Material:
     splits: {"train", "test", "holdout"} -> data.Split on the device, by default those of the run's data set."""
 
     def __init__(self, run, device, splits=None):
-        self.run, self.device, self.network = run, device, partial(build, run)
+        self.run, self.device, self.network = run, device, run.network
         self.splits, self.checksum = (splits, None) if splits else data.splits(run, device)
         coupling = {"coupling": run.coupling} if "sila" in run.method else {}
         self.loss = partial(METHODS[run.method], betas=run.betas, **coupling)
