@@ -55,8 +55,8 @@ def main():
 
     times = {"step": [], "ours": [], "theirs": []}
     for i in range(options.rounds + 2):  # the first two warm up
-        index, offset, flip, *choices = (part[: run.batch_size] for part in epoch_plan(run, i, len(labels), device))
-        batch = training.material.loader.crop_flip(index, offset, flip)
+        plan = [part[: run.batch_size] for part in epoch_plan(run, i, len(labels), device)]
+        batch, index, choices = next(training.material.loader(plan, run.batch_size))
         single = list(batch.permute(0, 3, 1, 2).cpu().contiguous())
         training.set_step()
         measured = {"step": seconds(device, training.captured_update, batch, split.labels[index])}

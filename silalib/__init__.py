@@ -4,15 +4,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "losses": ("METHODS", "SiameseLabelsLoss", "independent", "mutual_kl", "mutual_learning", "siamese_labels"),
-    "models": ("MODELS",),
-    "data": ("DATASETS",),
-    "early_exit": ("EarlyExit",),
-    "run": ("Run",),
-    "records": ("load", "load_network"),
-    "launch.ensure": ("ensure",),
-    "comparison": ("compare",),
+    "models": ("MODELS",), "data": ("DATASETS",), "early_exit": ("EarlyExit",), "run": ("Run",),
+    "records": ("load", "load_network"), "launch.ensure": ("ensure",), "comparison": ("compare",),
     "errors": ("UserError",),
-}
+}  # fmt: skip
 __all__ = sorted(name for names in _HOME.values() for name in names)
 
 

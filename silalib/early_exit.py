@@ -7,7 +7,9 @@ import timeit
 from itertools import accumulate
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.optimize import brentq
 from torch import nn
 from torch.utils import benchmark
 
@@ -15,8 +17,7 @@ from .errors import UserError
 from .models import macs_by_layer
 from .models.msdnet import MSDNet
 
-SWEEP = np.geomspace(1 / 20, 20, 41).tolist()
-"""Values of q from nearly every sample at the first exit to nearly every one at the last."""
+SWEEP = np.geomspace(1 / 20, 20, 41).tolist()  # q: from nearly every sample at the first exit to all at the last
 
 
 def exit_costs(network, image, budgeted=False):
@@ -32,8 +33,6 @@ def exit_costs(network, image, budgeted=False):
 
 def anytime(record):
     """Anytime prediction (Figure 5): a data frame with a row per exit: exit, macs, top1, top5 (percent), nll."""
-    import pandas as pd
-
     return pd.DataFrame(record.heads, columns=["macs", "top1", "top5", "nll"]).rename_axis("exit").reset_index()
 
 
@@ -49,8 +48,6 @@ def exit_distribution(q, exits):
 def distribution_for(budget, costs):
     """The `exit_distribution` (C,) whose average cost is the budget, in MACs an image; above the last exit's cost every
     sample goes to the last exit. Raises UserError for a budget below the first exit's cost."""
-    from scipy.optimize import brentq
-
     costs = np.asarray(costs, float)
     if not budget >= costs[0]:
         raise UserError(f"a budget of {budget:g} MACs an image is below the first exit's cost, {costs[0]:g}")
@@ -99,23 +96,21 @@ def exit_predictions(record, split):
     """(confidence, predicted, labels) of a record's "test" or "calibration" images; (C, n), (C, n), (n,).
     Raises UserError where the run held no images out, and where the predictions of each image were not kept."""
     _check_held_out(record)
-    prefix = "calibration_" if split == "calibration" else ""
-    confidence, predicted = (_of_exits(record.test, f"{prefix}{name}") for name in ("confidence", "predicted"))
-    return confidence, predicted, record.test[f"{prefix}labels"]
+    return _predictions(record.test, "calibration_" if split == "calibration" else "", len(record.heads))
 
 
-def _of_exits(arrays, name):
-    """The arrays name_0, name_1 .. of all exits, stacked."""
-    return np.stack([arrays[f"{name}_{k}"] for k in range(sum(key.startswith(f"{name}_") for key in arrays))])
+def _predictions(arrays, prefix, exits):
+    stacked = (np.stack([arrays[f"{prefix}{name}_{k}"] for k in range(exits)]) for name in ("confidence", "predicted"))
+    return *stacked, arrays[f"{prefix}labels"]
 
 
 def sweep(arrays, costs):
     """The rows of budgeted.csv, from the arrays of test.npz: of each q macs, top1, a threshold and a share per exit."""
-    held_out = _of_exits(arrays, "calibration_confidence")
-    confidence, predicted = _of_exits(arrays, "confidence"), _of_exits(arrays, "predicted")
+    held_out, *_ = _predictions(arrays, "calibration_", len(costs))
+    confidence, predicted, labels = _predictions(arrays, "", len(costs))
     for q in SWEEP:
         limits = thresholds(held_out, exit_distribution(q, len(costs)))
-        found = evaluate(confidence, predicted == arrays["labels"], limits, costs)
+        found = evaluate(confidence, predicted == labels, limits, costs)
         row = {"q": q, "macs": found["macs"], "top1": found["top1"]}
         row |= {f"threshold_{k}": float(limit) for k, limit in enumerate(limits)}
         yield row | {f"share_{k}": float(share) for k, share in enumerate(found["shares"])}
@@ -127,8 +122,8 @@ def budgeted(record):
     test images, lists with an entry per exit. Raises UserError where the run held no images out."""
     _check_held_out(record)
     table = record.budgeted
-    listed = lambda name: table[[f"{name}_{k}" for k in range(len(record.heads))]].to_numpy().tolist()
-    return table[["q", "macs", "top1"]].assign(thresholds=listed("threshold"), shares=listed("share"))
+    listed = {name + "s": table.filter(like=f"{name}_").to_numpy().tolist() for name in ("threshold", "share")}
+    return table[["q", "macs", "top1"]].assign(**listed)
 
 
 def _check_held_out(record):
@@ -177,8 +172,7 @@ class EarlyExit(nn.Module):
         return logits, exits
 
 
-def _parts(model):
-    """(what comes before the network, the MSDNet)."""
+def _parts(model):  # what comes before the network, and the MSDNet
     *before, network = model if isinstance(model, nn.Sequential) else [model]
     if not isinstance(network, MSDNet):
         raise UserError(f"early exit needs an MSDNet, not {type(network).__name__}")

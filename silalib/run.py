@@ -12,19 +12,14 @@ from .errors import UserError
 
 PROTOCOL = 1
 """Training protocol version; bump it when results change: records of another protocol are refused."""
-
 PAPER_MILESTONES = (30, 55, 80, 105, 135, 160, 180, 200, 220, 240)
-
 CASTS = {
-    int: (index, "a whole number"),
-    int | None: (index, "a whole number"),
-    float: (float, "a number"),
-    str: (str, "a word"),
+    int: (index, "a whole number"), float: (float, "a number"), str: (str, "a word"),
     bool: (lambda value: {"True": True, "False": False}[repr(value)], "True or False"),
     "nets": (lambda names: (names,) if isinstance(names, str) else tuple(map(str, names)), "a list"),
     tuple: (lambda values: tuple(map(float, values)), "a list"),
-    tuple | None: (lambda values: tuple(map(float, values)), "a list"),
-}
+}  # fmt: skip
+CASTS |= {int | None: CASTS[int], tuple | None: CASTS[tuple]}
 """Name or type of a field -> what makes equal settings equal values, or raises, and what the field takes in words."""
 
 
@@ -131,15 +126,19 @@ class Run:
         return min(head, len(self.nets) - 1)
 
     def network(self, slot):
-        """A new network of one slot, with initial weights from torch's generator."""
+        """A new network of one slot with its initial weights, a function of (seed, slot) alone."""
+        from torch.random import default_generator, fork_rng
+
         from .data import dataset
         from .models import EXITS, MODELS
+        from .randomness import derive
 
         spec, name = dataset(self.dataset), self.nets[slot]
         of_exits = {"blocks": self.blocks} if name in EXITS else {}
-        network = MODELS[name](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
-        if self.init == "pytorch":
-            for layer in network.modules():
+        with fork_rng(devices=[]):
+            default_generator.manual_seed(derive(self.seed, "weights", slot))
+            network = MODELS[name](spec.classes, spec.image[0], self.width, self.stem, **of_exits)
+            for layer in network.modules() if self.init == "pytorch" else ():
                 if hasattr(layer, "reset_parameters"):
                     layer.reset_parameters()
         return network

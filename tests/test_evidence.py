@@ -23,7 +23,7 @@ from silalib.files import ROOT
 from silalib.launch import ensure, estimate
 from silalib.records import failure, load_network, state
 from silalib.run import Run
-from silalib.training import checkpoint, execution, metrics, provenance, trainer
+from silalib.training import checkpoint, execution, metrics, provenance
 
 CPU = torch.device("cpu")
 
@@ -306,9 +306,9 @@ def test_a_run_that_diverges_keeps_the_others(tiny, plan, cores, capsys):
 
 def test_init_pytorch_is_every_layers_own(tiny):
     """As torch.nn makes a convolution: uniform within 1/sqrt(fan-in); ours is normal with fan-out."""
-    own = trainer.build(tiny(nets=("resnet18",), init="pytorch", width=1.0), 0)
-    ours = trainer.build(tiny(nets=("resnet18",), width=1.0), 0)
-    same = trainer.build(tiny(nets=("resnet18",), init="pytorch", width=1.0), 0)
+    own = tiny(nets=("resnet18",), init="pytorch", width=1.0).network(0)
+    ours = tiny(nets=("resnet18",), width=1.0).network(0)
+    same = tiny(nets=("resnet18",), init="pytorch", width=1.0).network(0)
     layers = [(n, m) for n, m in own.named_modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(layers) == 20
     for name, layer in layers:

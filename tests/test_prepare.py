@@ -862,12 +862,9 @@ def test_memory_mapped_batches_are_resident_batches(augment, tiny):
     images = torch.randint(256, (50, 9, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(45, 4, -1)
     mapped = MemoryMapped(images, rows, CPU)
-    order, *choices = epoch_plan(tiny(augment=augment), 0, len(rows), CPU)
-    batches = []
-    for source in (mapped, mapped.resident()):
-        loader = TrainingBatches(source, augment)
-        loader.begin(order, 16)
-        batches.append([loader.crop_flip(*parts) for parts in zip(*(part.split(16) for part in (order, *choices)))])
+    plan = epoch_plan(tiny(augment=augment), 0, len(rows), CPU)
+    sources = mapped, mapped.resident()
+    batches = [[images for images, *_ in TrainingBatches(source, augment)(plan, 16)] for source in sources]
     assert [len(batch) for batch in batches[0]] == [16, 16, 9]
     assert all(map(torch.equal, *batches))
 
@@ -886,7 +883,6 @@ def test_batches_come_in_order():
     assert torch.equal(mapped.resident(), images[rows])
     for source in (mapped, images[rows]):
         assert torch.cat(list(in_batches(source, 4, last=10))).flatten().tolist() == list(range(49, 39, -1))
-        assert torch.cat(list(in_batches(source, 4, 10, 13))).flatten().tolist() == [39, 38, 37]
         assert torch.cat(list(in_batches(source, 4))).flatten().tolist() == list(range(49, 9, -1))
 
 

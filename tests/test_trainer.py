@@ -25,7 +25,7 @@ from silalib.run import Run
 from silalib.training import checkpoint, execution, measure, trainer
 from silalib.training.execution import Speed, pick_device, precision
 from silalib.training.metrics import STATISTICS, statistics
-from silalib.training.trainer import build, learning_rate
+from silalib.training.trainer import learning_rate
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def test_learning_rate_of_the_paper():
 
 
 def weights(run, slot=0):
-    return [p.detach() for p in build(run, slot).parameters()]
+    return [p.detach() for p in run.network(slot).parameters()]
 
 
 def same(a, b):
@@ -95,7 +95,7 @@ def test_slots_and_seeds_start_different(tiny):
 
 def test_building_leaves_the_global_generator(tiny):
     state = torch.get_rng_state()
-    build(tiny(), 0)
+    tiny().network(0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -168,7 +168,7 @@ def plain_training(run):
     normalised = lambda batch: (
         torch.tensor((batch / 255 - pixels.mean(0)) / pixels.std(0)).permute(0, 3, 1, 2).to(**layout)
     )
-    nets = [build(run, slot).to(**layout) for slot in range(len(run.nets))]
+    nets = [run.network(slot).to(**layout) for slot in range(len(run.nets))]
     betas = run.betas or (1,) * len(nets)
     groups = [p for net in nets for p in net.parameters()]
     optimizer = torch.optim.SGD(groups, run.lr, 0.9, weight_decay=run.weight_decay, nesterov=True, foreach=False)
@@ -241,7 +241,7 @@ def test_training_is_a_plain_loop(case, tiny, tmp_path, own_models):
 
     trained = load_tensors(record.read("weights.safetensors"))
     for slot, net in enumerate(nets):
-        start = build(run, slot).state_dict()
+        start = run.network(slot).state_dict()
         for key, expected in net.state_dict().items():
             moved = (expected - start[key]).double().norm()
             apart = (trained[f"{slot}.{key}"] - expected).double().norm()
@@ -702,7 +702,7 @@ def test_exits_train_as_in_a_plain_loop(method, tiny, tmp_path, own_models):
     split = data.splits(run, CPU)[0]["train"]
     assert len(split) == 64 and not np.shares_memory(split.images, data.splits(run, CPU)[0]["holdout"].images)
     images = split.images.numpy()
-    network = build(run, 0).to(memory_format=torch.channels_last)
+    network = run.network(0).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), run.lr, 0.9, weight_decay=0.01, nesterov=True, foreach=False)
     order, offset, _ = epoch_plan(run, 0, 64, CPU)
     for step in range(4):
@@ -714,7 +714,7 @@ def test_exits_train_as_in_a_plain_loop(method, tiny, tmp_path, own_models):
         plain_loss(method, list(network(x)), split.labels[order[chosen]], (1, 1, 1), 1).backward()
         optimizer.step()
     record = train(run, tmp_path / "run")
-    trained, start = load_tensors(record.read("weights.safetensors")), build(run, 0).state_dict()
+    trained, start = load_tensors(record.read("weights.safetensors")), run.network(0).state_dict()
     for key, expected in network.state_dict().items():
         moved = (expected - start[key]).double().norm()
         assert moved > 0, key
@@ -726,7 +726,7 @@ def test_every_exit_is_in_the_record(with_exits):
     record = with_exits
     assert len(record.heads) == 3 and record.history["head"].tolist() == [0, 1, 2] * 2
     (parameters,) = {head["parameters"] for head in record.heads}
-    network = build(record.run, 0)
+    network = record.run.network(0)
     assert parameters == sum(p.numel() for p in network.parameters())
     for macs in ("macs", "macs_budgeted"):
         costs = [head[macs] for head in record.heads]
@@ -747,7 +747,7 @@ def test_held_out_images_are_kept_as_they_are_and_exactly(with_exits):
     run, test = with_exits.run, with_exits.test
     held = data.splits(run, CPU)[0]["holdout"]
     tensors = load_tensors(with_exits.read("weights.safetensors"))
-    network = build(run, 0).eval()
+    network = run.network(0).eval()
     network.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("0.")})
     with torch.no_grad():
         exits = network(((held.images / 255 - tensors["mean"]) / tensors["std"]).permute(0, 3, 1, 2))

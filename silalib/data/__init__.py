@@ -44,20 +44,17 @@ class DatasetSpec:
     read: Callable | None = None
 
 
-_SHA256 = {
-    "mnist": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
-    "cifar10": "9048fcbac9c08a64d57a7c5a5a66750a974ad4eab380914df129f7e223d823df",
-    "cifar100": "283e80e15e3841cce98044da5929d8557a88969bfd2d77d1c1db7bb78ba419f7",
-}
-
 DATASETS = {
     "digits": DatasetSpec("digits (8x8, enlarged)", 10, (1, 32, 32), 1297, 500, read=lambda: _digits(32)),
     "digits64": DatasetSpec("digits (8x8, enlarged to 64x64)", 10, (1, 64, 64), 1297, 500, read=lambda: _digits(64)),
-    "mnist": DatasetSpec("MNIST", 10, (1, 28, 28), 60000, 10000, "MNIST/raw", _SHA256["mnist"]),
-    "cifar10": DatasetSpec("CIFAR-10", 10, (3, 32, 32), 50000, 10000, "cifar-10-batches-py", _SHA256["cifar10"]),
-    "cifar100": DatasetSpec("CIFAR-100", 100, (3, 32, 32), 50000, 10000, "cifar-100-python", _SHA256["cifar100"]),
+    "mnist": DatasetSpec("MNIST", 10, (1, 28, 28), 60000, 10000, "MNIST/raw",
+                         "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b"),
+    "cifar10": DatasetSpec("CIFAR-10", 10, (3, 32, 32), 50000, 10000, "cifar-10-batches-py",
+                           "9048fcbac9c08a64d57a7c5a5a66750a974ad4eab380914df129f7e223d823df"),
+    "cifar100": DatasetSpec("CIFAR-100", 100, (3, 32, 32), 50000, 10000, "cifar-100-python",
+                            "283e80e15e3841cce98044da5929d8557a88969bfd2d77d1c1db7bb78ba419f7"),
     "imagenet100": DatasetSpec("ImageNet-100", 100, (3, 224, 224), 129395, 5000, "imagenet100", prepared=True),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,17 +209,16 @@ def splits(run, device):
     if held + (run.train_size or 1) > len(order):
         raise UserError(f"train_size {run.train_size} with holdout {held}: {run.dataset} has {len(order)} images")
     end = held + run.train_size if run.train_size else None
-    train, resident = (whole.train_images, whole.train_labels), fits_on_device(whole, run.augment, device)
+    resident = fits_on_device(whole, run.augment, device)
 
     def split(images, labels, rows):
         mapped = MemoryMapped(images.permute(0, 2, 3, 1).contiguous(), rows, device)
         return Split(mapped.resident() if resident else mapped, labels[rows].to(device))
 
-    return {
-        "holdout": split(*train, order[:held].sort().values),
-        "train": split(*train, order[held:end].sort().values),
-        "test": split(whole.test_images, whole.test_labels, torch.arange(len(whole.test_labels))),
-    }, whole.checksum
+    chosen = {"holdout": order[:held], "train": order[held:end]}
+    parts = {name: split(whole.train_images, whole.train_labels, rows.sort().values) for name, rows in chosen.items()}
+    rows = torch.arange(len(whole.test_labels))
+    return parts | {"test": split(whole.test_images, whole.test_labels, rows)}, whole.checksum
 
 
 def fits_on_device(whole, augment, device, free=None):

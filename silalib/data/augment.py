@@ -19,8 +19,7 @@ def pad(images, augment):
 def epoch_plan(run, epoch, n, device):
     """Every random choice of one epoch over n images, drawn on the CPU and moved once.
     Returns (order, offset, flip) of shapes (n,), (n, 2) and (n,): which image, where its crop begins in the padded
-    image, whether it is mirrored; then what `transform` needs: `autoaugment.draw`, or angles (n,), -15 to 15 degrees.
-    """
+    image, whether it is mirrored; then, for `transform`, `autoaugment.draw` or angles (n,), -15 to 15 degrees."""
     g = generator(run.seed, "epoch", epoch)
     order = torch.randperm(n, generator=g)
     offset = torch.randint(2 * PADDING + 1, (n, 2), generator=g)
@@ -52,13 +51,8 @@ def transform(images, *choices):
 def rotate(images, degrees):
     """Turn each of uint8 images (B, H, W, C) counter-clockwise about its centre by degrees (B,): nearest neighbour,
     black where no pixel comes from, as torchvision's RandomRotation."""
-    height, width = images.shape[1:3]
-    radians = torch.deg2rad(degrees.double())[:, None, None]
-    c, s = radians.cos(), radians.sin()
-    y = (torch.arange(height, device=images.device, dtype=torch.float64) - (height - 1) / 2)[:, None]
-    x = torch.arange(width, device=images.device, dtype=torch.float64) - (width - 1) / 2
-    y, x = s * x + c * y + (height - 1) / 2, c * x - s * y + (width - 1) / 2
-    return autoaugment.move(images, *autoaugment.nearest(y, x, height, width))
+    source = autoaugment.rotation(degrees.double()[:, None, None], *images.shape[1:3])
+    return autoaugment.move(images, *source)
 
 
 class Normalise(torch.nn.Module):

@@ -3,27 +3,14 @@
 The operations are those of torchvision.transforms.v2.AutoAugment with its defaults. Each image has a sub-policy of its
 own, and for each of its two operations a coin and a sign of its own."""
 
+import json
 from functools import lru_cache
-from math import cos, radians, sin
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-POLICY = (
-    (("Invert", 0.1, None), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)), (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)), (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-    (("Color", 0.4, 3), ("Brightness", 0.6, 7)), (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-    (("Equalize", 0.6, None), ("Equalize", 0.5, None)), (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)), (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
-    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)), (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-    (("Solarize", 0.5, 2), ("Invert", 0.0, None)), (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
-    (("Equalize", 0.2, None), ("Equalize", 0.6, None)), (("Color", 0.9, 9), ("Equalize", 0.6, None)),
-    (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)), (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)), (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)), (("Equalize", 0.8, None), ("Invert", 0.1, None)),
-    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
-)  # fmt: skip
+POLICY = [tuple(map(tuple, pair)) for pair in json.loads(Path(__file__).with_suffix(".json").read_bytes())]
 """The 25 sub-policies: two operations each, as (name, probability, bin of the magnitude)."""
 
 SIGNED = ("ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
@@ -31,7 +18,6 @@ SIGNED = ("ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
 STEPS = [(name, level, n and name in SIGNED) for sub in POLICY for name, _, level in sub for n in (False, True)]
 OPERATIONS = (("Identity", None, False), *dict.fromkeys(STEPS))
 """All that can happen to an image in one step: (name, bin of the magnitude, whether the magnitude is negative)."""
-
 NAMES = tuple(dict.fromkeys(name for name, _, _ in OPERATIONS))
 
 
@@ -83,18 +69,10 @@ def _map_levels(images, operation, constants):
     contrasted = (levels * own + _grey(images).mean((1, 2))[:, None] * other).clamp(0, 255)
     table = constants.table[operation][:, :, None].expand_as(count)
     name = constants.name[operation][:, None, None]
-    for kind, possible, tables in [
-        ("AutoContrast", low < high, stretched),
-        ("Equalize", step > 0, equalized),
-        ("Contrast", True, contrasted),
-    ]:
+    kinds = ("AutoContrast", low < high, stretched), ("Equalize", step > 0, equalized), ("Contrast", True, contrasted)
+    for kind, possible, tables in kinds:
         table = torch.where((name == NAMES.index(kind)) & possible, tables.to(torch.uint8), table)
     return table.gather(1, index).view_as(images)
-
-
-def _move(images, operation, constants):
-    """Shear, translate and rotate: every pixel takes the value of another, or black."""
-    return move(images, constants.source[operation], constants.inside[operation])
 
 
 def nearest(y, x, height, width):
@@ -136,12 +114,11 @@ def _grey(images):
     return red.mul(0.2989).add(green, alpha=0.587).add(blue, alpha=0.114).floor()
 
 
+_move = lambda images, operation, constants: move(images, constants.source[operation], constants.inside[operation])
 FAMILIES = {
     _map_levels: ("Invert", "Solarize", "Posterize", "Brightness", "Contrast", "AutoContrast", "Equalize"),
-    _move: ("ShearY", "TranslateX", "TranslateY", "Rotate"),
-    _saturate: ("Color",),
-    _sharpen: ("Sharpness",),
-}
+    _move: ("ShearY", "TranslateX", "TranslateY", "Rotate"), _saturate: ("Color",), _sharpen: ("Sharpness",),
+}  # fmt: skip
 
 
 @lru_cache
@@ -165,14 +142,11 @@ def _constants(height, width, device):
 
 def magnitude(name, level, negative, height, width):
     """The signed magnitude of an operation in its own unit: slope, pixels, degrees, bits, grey level, factor - 1."""
-    if level is None:
-        return 0.0
-    if name == "Posterize":
-        return 8 - round(level * 4 / 9)
-    if name == "Solarize":
-        return 255 * torch.linspace(1, 0, 10)[level].item()
-    largest = {"ShearY": 0.3, "TranslateX": 150 / 331 * width, "TranslateY": 150 / 331 * height, "Rotate": 30.0}
-    value = torch.linspace(0, largest.get(name, 0.9), 10)[level].item()
+    if level is None or name == "Posterize":
+        return 0.0 if level is None else 8 - round(level * 4 / 9)
+    ends = {"ShearY": (0, 0.3), "TranslateX": (0, 150 / 331 * width), "TranslateY": (0, 150 / 331 * height)}
+    ends |= {"Rotate": (0, 30.0), "Solarize": (255, 0)}
+    value = torch.linspace(*ends.get(name, (0, 0.9)), 10)[level].item()
     return -value if negative else value
 
 
@@ -189,14 +163,18 @@ def _table(name, m):
 
 def _source(name, m, height, width):
     """The (source, inside) of `_constants`, both (H * W,); coordinates are in pixels from the image's corner."""
+    if name == "Rotate":
+        return rotation(torch.tensor(m, dtype=torch.float64), height, width)
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) + 0.5 for n in (height, width)), indexing="ij")
-    if name == "ShearY":
-        y = y + m * x
-    elif name == "TranslateX":
-        x = x - int(m)
-    elif name == "TranslateY":
-        y = y - int(m)
-    elif name == "Rotate":  # counter-clockwise about the centre
-        c, s, cy, cx = cos(radians(m)), sin(radians(m)), height / 2, width / 2
-        y, x = cy + s * (x - cx) + c * (y - cy), cx + c * (x - cx) - s * (y - cy)
+    moved = {"ShearY": (y + m * x, x), "TranslateX": (y, x - int(m)), "TranslateY": (y - int(m), x)}
+    y, x = moved.get(name, (y, x))
     return nearest(y - 0.5, x - 0.5, height, width)
+
+
+def rotation(degrees, height, width):
+    """Where the pixels of images of H x W come from that are turned counter-clockwise about their centre by degrees
+    (..., 1, 1), float64: what `nearest` gives."""
+    centred = (torch.arange(n, dtype=torch.float64, device=degrees.device) - (n - 1) / 2 for n in (height, width))
+    (y, x), angle = torch.meshgrid(*centred, indexing="ij"), torch.deg2rad(degrees)
+    c, s = angle.cos(), angle.sin()
+    return nearest(s * x + c * y + (height - 1) / 2, c * x - s * y + (width - 1) / 2, height, width)

@@ -16,8 +16,7 @@ class MemoryMapped:
     """Rows `rows` (n,) of uint8 images (N, H, W, C) that stay where they are; `batches` reads them onto the device."""
 
     def __init__(self, images, rows, device):
-        self.images, self.rows, self.device = images, rows, device
-        self.shape = (len(rows), *images.shape[1:])
+        self.images, self.rows, self.device, self.shape = images, rows, device, (len(rows), *images.shape[1:])
         self.thread = ThreadPoolExecutor(1)
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -41,7 +40,10 @@ class MemoryMapped:
         """Images `order` (m,) in batches of `size`, the last one maybe smaller: uint8 (B, H, W, C) on the device.
         A thread gathers the next ones meanwhile, for a GPU in pinned memory, copied beside the caller's work."""
         rows, pending = deque(self.rows[order.cpu()].split(size)), deque()
-        buffers = deque(self._buffer(min(size, len(order))) for _ in range(AHEAD + 1))
+        shape, buffers = (min(size, len(order)), *self.shape[1:]), deque([None])
+        if self.copies:  # pinned memory for a batch, and the event of its last copy
+            pinned = lambda: torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            buffers = deque((pinned(), torch.cuda.Event()) for _ in range(AHEAD + 1))
         while rows or pending:
             while rows and len(pending) < AHEAD:
                 pending.append(self.thread.submit(self._fetch, rows.popleft(), buffers[0]))
@@ -52,12 +54,6 @@ class MemoryMapped:
                 stream.wait_event(copied)
                 batch.record_stream(stream)  # its memory is not given away before the caller's work is done
             yield batch
-
-    def _buffer(self, size):
-        """A pinned buffer for a batch and the event of its last copy; None where the images need not be copied."""
-        if self.copies is None:
-            return None
-        return torch.empty(size, *self.shape[1:], dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
 
     def _fetch(self, rows, buffer):
         if buffer is None:
@@ -71,11 +67,11 @@ class MemoryMapped:
         return batch, copied
 
 
-def in_batches(images, size, first=0, last=None):
-    """Batches of `size` of the images `first` to `last` (by default all), of a tensor, or of what reads itself."""
+def in_batches(images, size, last=None):
+    """Batches of `size` of the images, or of the first `last`, of a tensor or of what reads itself."""
     if isinstance(images, torch.Tensor):
-        return iter(images[first:last].split(size))
-    return images.batches(torch.arange(len(images))[first:last], size)
+        return iter(images[:last].split(size))
+    return images.batches(torch.arange(len(images))[:last], size)
 
 
 class TrainingBatches:
@@ -86,14 +82,11 @@ class TrainingBatches:
         self.padded = None if self.mapped else pad(images, augment)
         self.augment, self.size = augment, images.shape[1:3]
 
-    def begin(self, order, size):
-        """Say which images come next, in batches of `size`, up to the end of an epoch."""
-        if self.mapped:
-            self.upcoming = self.mapped.batches(order, size)
-
-    def crop_flip(self, index, offset, flip):
-        """The batch `index`, which must be the next of the order; see `augment.crop_flip`."""
-        if not self.mapped:
-            return crop_flip(self.padded, index, offset, flip, self.size)
-        batch = pad(next(self.upcoming), self.augment)
-        return crop_flip(batch, torch.arange(len(batch), device=batch.device), offset, flip, self.size)
+    def __call__(self, plan, size):
+        """Batches of `size` by a part of `augment.epoch_plan`: (images (B, H, W, C), index (B,), further choices)."""
+        upcoming = self.mapped and self.mapped.batches(plan[0], size)
+        for index, offset, flip, *choices in zip(*(part.split(size) for part in plan)):
+            padded, rows = self.padded, index
+            if upcoming:
+                padded, rows = pad(next(upcoming), self.augment), torch.arange(len(index), device=index.device)
+            yield crop_flip(padded, rows, offset, flip, self.size), index, choices

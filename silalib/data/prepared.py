@@ -46,7 +46,6 @@ def open_arrays(folder):
 
 
 def stamp(folder):
-    """Size and time of each of the four files."""
     try:
         found = [(folder / name).stat() for name in FILES]
     except OSError as error:
@@ -61,7 +60,6 @@ def content_checksum(description):
 
 
 def checksums(folder):
-    """sha256 of each of the four files."""
     found = {}
     for name in tqdm(FILES, desc="checksums", unit=" files", disable=None, leave=False):
         with open(folder / name, "rb") as file:

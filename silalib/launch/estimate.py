@@ -9,7 +9,7 @@ import torch
 from .. import data
 from ..models import count_macs
 from ..run import Run
-from ..training import execution, provenance, trainer
+from ..training import execution, provenance
 from .progress import duration
 
 
@@ -39,7 +39,7 @@ def hours(seconds):
 
 def timed_step(run, device, images=32):
     """Seconds that a unit of `cost` takes here: a run's first network forward and backward, on made-up images."""
-    net, batch = trainer.build(run, 0), torch.rand(images, *data.dataset(run.dataset).image)
+    net, batch = run.network(0), torch.rand(images, *data.dataset(run.dataset).image)
     net, batch = (each.to(device, memory_format=torch.channels_last) for each in (net, batch))
     dtype = execution.precision(run.nets[0], device, execution.bfloat16_pays(device))
     times, clock = [], time.perf_counter if device.type == "cuda" else time.process_time
@@ -65,4 +65,4 @@ def cost(run):
 @cache  # runs share theirs, as it takes a while to build a network
 def forward_macs(dataset, net, width, stem, blocks):
     run = Run(dataset, net, "ind", width=width, stem=stem, blocks=blocks)
-    return count_macs(trainer.build(run, 0), data.dataset(dataset).image)
+    return count_macs(run.network(0), data.dataset(dataset).image)

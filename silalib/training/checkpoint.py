@@ -18,7 +18,6 @@ from .provenance import device_kind, here
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 """The current checkpoint of a run, and the previous one, from which it resumes where the current one is damaged."""
-
 FORMAT = 2  # of the state in a checkpoint: a run with one of another format starts anew
 OF_TRAINING = ("step", "rows", "seconds", "cpu_seconds", "sums", "parts")  # the Training's attributes in it
 
@@ -54,11 +53,10 @@ class Pauses:
             self.save()
         if reason:
             raise Stopped(f"{training.run}: {reason}; step {training.step} of {training.total} is saved")
-        if epoch_ended:  # the training has reported it
+        if epoch_ended or now - self.reported > 2:
             self.reported = now
-        elif now - self.reported > 2:
-            self.reported = now
-            training.report()
+            if not epoch_ended:  # which the training has reported
+                training.report()
 
     def too_slow(self, now):
         """Why the run is given up: its measured speed says that it would not end in the time limit."""
@@ -96,7 +94,6 @@ class Pauses:
         self.saving = self.saved - began
 
     def file_of(self, step):
-        """This process's file of the checkpoint at a step."""
         rank = self.training.ranks.rank
         return self.folder / (f"checkpoint.{rank}-{step}.pt" if rank else CHECKPOINTS[0])
 
@@ -145,8 +142,7 @@ class Pauses:
         training.report(resumed=True)
 
 
-def checkpoint_bytes(state):
-    """A checkpoint file: what torch.save makes of the state, then 32 bytes of its sha256."""
+def checkpoint_bytes(state):  # what torch.save makes of it, then 32 bytes of its sha256
     torch.save(state, buffer := io.BytesIO())
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     return buffer.getbuffer()

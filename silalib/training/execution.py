@@ -3,7 +3,7 @@
 import gc
 import re
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +24,7 @@ def pick_device(name):
     return device
 
 
-def amx():
-    """Whether this machine's processor has AMX, matrix units for bfloat16."""
+def amx():  # matrix units for bfloat16
     return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 
@@ -41,8 +40,7 @@ def precision(net, device, bf16):
     return torch.bfloat16 if bf16 and net.startswith(gains) else torch.float32
 
 
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """bf16: bfloat16 for the networks that `precision` names. fused: one kernel for the optimizer's step.
     graphs: a whole step, and the evaluation of a batch, are one CUDA graph each."""
 

@@ -36,17 +36,16 @@ def final(training, pauses):
             kept = metrics.per_image(z, held.labels, run.nets[0])
             arrays |= {f"calibration_{name}_{head}": kept[name] for name in ("confidence", "predicted")}
     found = features(training, heads) if all(hasattr(net, "embed") for net in networks) else {}
-    noise_rows = noise(training, pauses) if run.noise_images else []
+    noise_rows = list(noise(training, pauses)) if run.noise_images else []
     for values, curvature in zip(heads, sharpness(training, pauses) if run.hessian_images else ()):
         values["curvature"] = curvature
     lists = heads, noise_rows, [z.cpu() for z in logits], [z.argmax(1).cpu() for z in at_end], [pauses.cpu_seconds()]
     tensors = {name: getattr(training.material.normalise, name) for name in ("mean", "std")}
     tensors |= {f"{slot}.{k}": v for slot, net in training.nets.items() for k, v in net.state_dict().items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    parts = training.ranks.gather((lists, (arrays, found, tensors)))
+    lists, dicts = zip(*training.ranks.gather((lists, (arrays, found, tensors))))
     if training.ranks.rank:  # the first process has the record
         return None
-    lists, dicts = zip(*parts)
     heads, noise_rows, logits, predicted, cpu_seconds = (list(chain(*part)) for part in zip(*lists))
     arrays, found, tensors = ({k: v for own in part for k, v in own.items()} for part in zip(*dicts))
     result = {"heads": heads}
@@ -65,8 +64,7 @@ def final(training, pauses):
     origin |= {"parts": training.parts} if len(training.parts) > 1 else {}  # which process trained from which step
     origin |= {"data_sha256": training.material.checksum, "train_images": len(splits["train"])}
     origin |= {"seconds": round(training.seconds, 1), "seconds_final": round(time.monotonic() - began, 1)}
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
-    origin |= {"cpu_seconds": round(sum(cpu_seconds), 1), "finished": finished}
+    origin |= {"cpu_seconds": round(sum(cpu_seconds), 1), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
     return result | {"provenance": origin}, files
 
 
@@ -111,16 +109,14 @@ def features(training, heads):
 
 def noise(training, pauses):
     """Rows of noise.csv (Figure 7b): training NLL under noise on the parameters, on fixed, unaugmented images."""
-    run, rows = training.run, []
-    images, labels = fixed_train_images(training, run.noise_images)
+    run, (images, labels) = training.run, fixed_train_images(training, training.run.noise_images)
     for head, net in training.nets.items():
         predict, seed = lambda net, slot=head: training.predict(images, slot)[0], derive(run.seed, "noise", head)
         for kind in robustness.LARGEST_SIGMA:
             pauses.check()
             curve = robustness.parameter_noise(net, predict, labels, run.noise_sigmas, run.noise_draws, kind, seed)
-            rows += [{"head": head} | row for row in curve]
+            yield from ({"head": head} | row for row in curve)
         training.report(final=f"noise, network {head + 1} of {len(run.nets)}")
-    return rows
 
 
 def sharpness(training, pauses):
@@ -139,8 +135,7 @@ def sharpness(training, pauses):
         yield values
 
 
-def fixed_train_images(training, n):
-    """The first n training images in the balanced order: the same for every run on this data."""
+def fixed_train_images(training, n):  # the first n in the balanced order: the same for every run on this data
     split = training.splits["train"]
     chosen = data.balanced_order(split.labels.cpu())[:n].to(training.device)
     return split.images[chosen], split.labels[chosen]

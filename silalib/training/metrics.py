@@ -9,6 +9,10 @@ from scipy.optimize import brentq
 
 from ..models import EXITS
 
+TEMPERATURES = (0.05, 20.0)  # of scaling: where all images are right, a smaller one is always better
+STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient", "offset")
+"""Columns of history.csv that are means over an epoch's augmented training batches; see `statistics`."""
+
 
 def cross_entropy(logits, target):
     """Negative log-likelihood of each sample, shape (n,), in nats."""
@@ -17,8 +21,7 @@ def cross_entropy(logits, target):
 
 def in_top_k(logits, target, k):
     """Whether the truth is among the k largest logits, shape (n,); always so when k reaches the number of classes."""
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (best == target[:, None]).any(1)
+    return (logits.topk(min(k, logits.shape[1]), dim=1).indices == target[:, None]).any(1)
 
 
 def wrong_logsumexp(logits, target):
@@ -32,9 +35,6 @@ def summaries(heads, target):
     rows = [[mean(cross_entropy(z, target)), *(100 * mean(in_top_k(z, target, k)) for k in (1, 2, 5))] for z in heads]
     values = torch.stack([torch.stack(row) for row in rows]).tolist()
     return [dict(zip(("nll", "top1", "top2", "top5"), row)) for row in values]
-
-
-TEMPERATURES = (0.05, 20.0)  # where all images are right, a smaller one is always better
 
 
 def best_temperature(logits, target):
@@ -72,10 +72,9 @@ def ensemble(heads, target):
     target = target.cpu()
     each = torch.stack([z.double().cpu().log_softmax(1) for z in heads])
     together = each.logsumexp(0) - math.log(len(heads))
-    kl = [(own.exp() * own).sum(1) - (own.exp() * peer).sum(1) for own, peer in permutations(each, 2)]
+    kl = [((own.exp() * own).sum(1) - (own.exp() * peer).sum(1)).mean().item() for own, peer in permutations(each, 2)]
     found = summaries([together], target)[0] | calibration(together, target)
-    found |= {"disagreement": disagreement([z.argmax(1) for z in heads])}
-    found |= {"divergence": sum(values.mean().item() for values in kl) / len(kl)}
+    found |= {"disagreement": disagreement([z.argmax(1) for z in heads]), "divergence": sum(kl) / len(kl)}
     return {k: found[k] for k in ("top1", "top5", "nll", "ece", "nll_scaled", "disagreement", "divergence")}, together
 
 
@@ -105,10 +104,6 @@ def expected_calibration_error(confidence, correct, bins=15, mass=False):
     """ECE in percent: mean over images of |accuracy - mean confidence| of their bin; arguments as in `reliability`."""
     mean, accuracy, images = reliability(confidence, correct, bins, mass)
     return float((np.abs(accuracy - mean) * images).sum() / images.sum())
-
-
-STATISTICS = ("train_nll", "train_top1", "z_y", "alpha", "s", "gap", "equation5", "gradient", "offset")
-"""Columns of history.csv that are means over an epoch's augmented training batches; see `statistics`."""
 
 
 def statistics(logits, gradients, target):

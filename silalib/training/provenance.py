@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import ROOT
+from ..files import PACKAGE, ROOT
 from .execution import amx
 
 
@@ -31,9 +31,9 @@ def here(device, ranks, dtypes, graphs):
 
 def code_version():
     """{"code": hash of the package's source, "commit": of the checkout, "+" if it was changed}."""
-    package, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    digest = hashlib.sha256()
+    for path in sorted(path for kind in ("py", "json") for path in PACKAGE.rglob(f"*.{kind}")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     version = {"code": digest.hexdigest()[:12]}
     with suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", ROOT, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]

@@ -23,11 +23,9 @@ def noise_directions(parameters, kind, seed, draw):
     """Gaussian noise for every parameter: of standard deviation 1 ("absolute"), or about as long as its filter.
     Drawn where the parameters are: a GPU draws other numbers than a CPU."""
     g = generator(seed, "noise", draw, device=parameters[0].device)
-    directions = [torch.randn(p.shape, generator=g, device=p.device).to(p) for p in parameters]
-    if kind == "filter":
-        per_filter = [p[0].numel() if p.dim() > 1 else 1 for p in parameters]
-        directions = [d * (filter_norms(p) / n**0.5) for d, p, n in zip(directions, parameters, per_filter)]
-    return directions
+    drawn = (torch.randn(p.shape, generator=g, device=p.device).to(p) for p in parameters)
+    length = lambda p: filter_norms(p) / p[0].numel() ** 0.5
+    return [d * length(p) if kind == "filter" else d for d, p in zip(drawn, parameters)]
 
 
 @torch.no_grad()

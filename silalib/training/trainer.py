@@ -45,13 +45,6 @@ def learning_rate(run, step, steps_per_epoch):
     return run.lr * run.gamma**passed * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
 
-def build(run, slot):
-    """The network of one slot with its initial weights, a function of (seed, slot) alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(derive(run.seed, "weights", slot))
-        return run.network(slot)
-
-
 def train(run, folder, device="auto", *, progress=lambda **message: None, ranks=None, bf16=None, graphs=True, **pauses):
     """Train one run to the end, resuming from a checkpoint in `folder` if there is one: (result, files) of its record.
     progress(**message) hears of each epoch, and of the step every other second. graphs: whether to use CUDA graphs.
@@ -78,8 +71,7 @@ def train(run, folder, device="auto", *, progress=lambda **message: None, ranks=
             give_memory_back()
 
 
-def give_memory_back():
-    """Free this GPU's memory for the next run and for other processes."""
+def give_memory_back():  # a GPU's, for the next run and for other processes
     gc.collect()
     getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # of every stream; not in a PyTorch for CPUs
     with suppress(RuntimeError):  # after a failed capture the allocator refuses; its process trains nothing more
@@ -102,7 +94,7 @@ class Material:
     splits: {"train", "test", "holdout"} -> data.Split on the device, by default those of the run's data set."""
 
     def __init__(self, run, device, splits=None):
-        self.run, self.device, self.network = run, device, partial(build, run)
+        self.run, self.device, self.network = run, device, run.network
         self.splits, self.checksum = (splits, None) if splits else data.splits(run, device)
         coupling = {"coupling": run.coupling} if "sila" in run.method else {}
         self.loss = partial(METHODS[run.method], betas=run.betas, **coupling)
@@ -120,10 +112,8 @@ class Material:
         `transform` needs."""
         labels, size = self.splits["train"].labels, self.run.batch_size
         plan = epoch_plan(self.run, number, len(labels), self.device)
-        self.loader.begin(plan[0][first_step * size : end_step * size], size)
-        for step in range(first_step, end_step):
-            index, offset, flip, *choices = (part[step * size : (step + 1) * size] for part in plan)
-            yield self.loader.crop_flip(index, offset, flip), labels[index], *choices
+        for images, index, choices in self.loader([part[first_step * size : end_step * size] for part in plan], size):
+            yield images, labels[index], *choices
 
     def inputs(self, images, channels_last=True):
         """Normalised images (B, C, H, W), as networks take them, for uint8 images (B, H, W, C)."""
@@ -224,12 +214,11 @@ class Training:
         self.at_test = self.predict(test.images)
         test = metrics.summaries(self.at_test, test.labels)
         norms = [sum(p.detach().float().square().sum() for p in net.parameters()).sqrt() for net in self.nets.values()]
-        seconds = round(began - self.epoch_began, 4), round(time.monotonic() - began, 4)
-        norms, rows = cycle(torch.stack(norms).tolist()), []
-        for head, values, at_test, norm in zip(self.heads, means, test, norms):
-            rows.append({"epoch": epoch + 1, "head": head, "lr": self.lr} | dict(zip(metrics.STATISTICS, values)))
-            rows[-1] |= {f"test_{k}": v for k, v in at_test.items()} | {"weight_norm": norm}
-            rows[-1] |= {"seconds_train": seconds[0], "seconds_test": seconds[1]}
+        norms = cycle(torch.stack(norms).tolist())
+        ended = dict(seconds_train=round(began - self.epoch_began, 4), seconds_test=round(time.monotonic() - began, 4))
+        rows = [{"epoch": epoch + 1, "head": head, "lr": self.lr} | dict(zip(metrics.STATISTICS, values))
+                | {f"test_{k}": v for k, v in at_test.items()} | {"weight_norm": norm} | ended
+                for head, values, at_test, norm in zip(self.heads, means, test, norms)]  # fmt: skip
         rows = list(chain(*self.ranks.gather(rows)))
         self.rows += rows
         if not all(math.isfinite(row["train_nll"] + row["test_nll"]) for row in rows):
