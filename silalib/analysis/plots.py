@@ -21,6 +21,11 @@ COLOURS = dict(zip(LABELS, cycle(("#555555", "#0072b2", "#d55e00", "#009e73", "#
 """Method -> colour, distinguishable without red-green vision."""
 
 INK, FAINT = "#1c1e21", "#767676"
+PAPER = dict(marker="D", linestyle="", color=INK, fillstyle="none", markersize=9, zorder=4)
+"""The mark of the paper's numbers: an open diamond, larger than our points and above them."""
+UNDATED = dict(png={"Software": None}, svg=dict.fromkeys(("Creator", "Date")))
+UNDATED["pdf"] = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+"""Format of a figure -> the metadata that must not be in it, for its bytes to be the same every time."""
 
 
 def use_style():
@@ -56,10 +61,12 @@ def gains(rows, methods, title):
     names = [LABELS[method] for method in methods]
     top1 = rows[(rows["metric"] == "top1") & rows["method"].isin(names) & rows["gain"].notna()]
     top1 = top1.assign(line=top1.groupby(["pair", "net"], sort=False).ngroup())
-    series = []
-    for method in methods:
-        part, style = top1[top1["method"] == LABELS[method]], dict(label=LABELS[method], fmt="o", color=COLOURS[method])
-        series.append((part["line"], part["gain"], part["gain_half"], style, part["paper_gain"]))
+    parts = [(method, top1[top1["method"] == LABELS[method]]) for method in methods]
+    series = [
+        (part["line"], part["gain"], part["gain_half"], dict(label=LABELS[method], fmt="o", color=COLOURS[method]),
+         part["paper_gain"])
+        for method, part in parts
+    ]  # fmt: skip
     networks = top1.drop_duplicates("line")
     names = [f"{tables.short(pair)} · Net{net}" for pair, net in zip(networks["pair"], networks["net"])]
     fig, ax = plt.subplots(figsize=(5.6, 1.4 + (0.18 + 0.1 * len(methods)) * len(names)))
@@ -68,10 +75,6 @@ def gains(rows, methods, title):
     ax.set_title(f"{title}{statistics.seeds(top1['gain_n'], ', ')}")
     fig.legend(loc="outside lower center", ncols=min(len(methods) + 1, 3))
     return fig
-
-
-PAPER = dict(marker="D", linestyle="", color=INK, fillstyle="none", markersize=9, zorder=4)
-"""The mark of the paper's numbers: an open diamond, larger than our points and above them."""
 
 
 def intervals(ax, names, series, xlabel):
@@ -101,15 +104,13 @@ def features(ax, record, head, label):
     points, labels = record.features[f"test_{head}"].astype(float), record.features["test_labels"]
     size = 2 if len(points) > 2000 else 9
     ax.scatter(*points.T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=size, alpha=0.5, linewidths=0)
+    box = dict(boxstyle="circle,pad=0.12", facecolor="white", edgecolor="#555555", linewidth=0.5)
     for digit in np.unique(labels):
         centre = points[labels == digit].mean(0)
-        ax.annotate(
-            str(digit), centre, ha="center", va="center", fontsize=9, weight="bold",
-            bbox=dict(boxstyle="circle,pad=0.12", facecolor="white", edgecolor="#555555", linewidth=0.5),
-        )  # fmt: skip
+        ax.annotate(str(digit), centre, ha="center", va="center", fontsize=9, weight="bold", bbox=box)
     metrics = record.heads[head]
-    ratio = f"scatter ratio {metrics['test_concentration']:.4f}"
-    ax.set_title(f"{label}, seed {record.run.seed}\ntop-1 {metrics['top1']:.2f}%, {ratio}", fontsize=10)
+    words = f"top-1 {metrics['top1']:.2f}%, scatter ratio {metrics['test_concentration']:.4f}"
+    ax.set_title(f"{label}, seed {record.run.seed}\n{words}", fontsize=10)
     ax.set(xticks=[], yticks=[])
 
 
@@ -226,14 +227,6 @@ def thumbnail(fig, panel, name):
     return themed(in_format(fig, "svg").decode(), f"{name}-thumbnail", "")
 
 
-UNDATED = {
-    "png": {"Software": None},
-    "svg": {"Creator": None, "Date": None},
-    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
-}
-"""Format of a figure -> the metadata that must not be in it, for its bytes to be the same every time."""
-
-
 def show_table(frame, name, profile, caption, data=None, records=()):
     """Display a data frame with a caption; save it as results/<profile>/tables/<name>.csv, .md and .tex.
 
@@ -286,37 +279,34 @@ def in_markdown(value, special=r"[\\`*_<|~$]"):
 
 def latex(frame, caption):
     """A data frame as a LaTeX table, for a document with the package booktabs and T1 fonts."""
-    caption = in_markdown(caption, "[&%$#_{}]")
-    style = escaped(frame, "latex-math")
-    return style.to_latex(caption=caption, position_float="centering", hrules=True, multicol_align="c")
+    options = dict(caption=in_markdown(caption, "[&%$#_{}]"), position_float="centering", multicol_align="c")
+    return escaped(frame, "latex-math").to_latex(**options, hrules=True)
 
 
 def escaped(frame, language):
     """The style of a data frame without its index; every character of cells and headers stands for itself."""
-    style = frame.style.hide(axis="index").format(escape=language)
-    return style.format_index(escape=language, axis="columns")
+    return frame.style.hide(axis="index").format(escape=language).format_index(escape=language, axis="columns")
 
 
 def table_page(name, profile, grid, records):
     """Show "table1", "table2" or "table3" beside the paper's, data set by data set, and the gains in top-1 over IND."""
     methods = [method for method in LABELS if method != "ind" and method in {run.method for run in grid}]
+    alt = "Gain in top-1 accuracy over independent training for every network row, beside the paper's"
     for dataset in dict.fromkeys(run.dataset for run in grid):
         own = [run for run in grid if run.dataset == dataset]
         done = {run: records[run] for run in own if run in records}
         parts, suffix = {"a": ("top1", "top5"), "b": ("best", "nll")}, ""
         if name == "table3":
-            suffix = f"_{dataset}"
-            parts = {suffix: ("top1", "top2" if data.dataset(dataset).classes == 10 else "top5")}
-        metrics = [metric for part in parts.values() for metric in part]
-        rows, where = tables.over_seeds(tables.cells(own, done, metrics, name)), tables.title(profile, dataset)
+            parts, suffix = {"": ("top1", "top2" if data.dataset(dataset).classes == 10 else "top5")}, f"_{dataset}"
+        rows = tables.over_seeds(own, done, [metric for part in parts.values() for metric in part], name)
+        where = tables.title(profile, dataset)
         over = statistics.seeds(rows["n"], "; mean ± 95% interval over ") or "; not run"
-        fig = gains(rows, methods, f"Table {name[-1]}. {where}")
-        alt = "Gain in top-1 accuracy over independent training for every network row, beside the paper's"
-        show(fig, f"{name}{suffix}_gains", profile, alt, done, thumb=0)
+        show(gains(rows, methods, f"Table {name[-1]}. {where}"), f"{name}{suffix}_gains", profile, alt, done, thumb=0)
         for part, shown in parts.items():
             frame = tables.comparison(rows, shown, learned=80 if profile == "quick" else 0)
-            caption = f"Table {name[-1]}{part if not suffix else ''}. {where}; {tables.unit(shown)}{over}."
-            show_table(frame, f"{name}{part}", profile, caption, rows[rows["metric"].isin(shown)], done)
+            units = ", ".join(f"{tables.METRICS[m]} in {'nats' if m == 'nll' else 'percent'}" for m in shown)
+            caption = f"Table {name[-1]}{part}. {where}; {units}{over}."
+            show_table(frame, f"{name}{part}{suffix}", profile, caption, rows[rows["metric"].isin(shown)], done)
 
 
 def panels(names, columns, title):
@@ -324,12 +314,11 @@ def panels(names, columns, title):
 
     columns: label of a panel -> [(mean, half-width) of each row].
     """
-    columns = {label: np.array(values, float).reshape(-1, 2) for label, values in columns.items()}
-    drawn = np.isfinite([values[:, 0] for values in columns.values()]).any(axis=0)
+    values = np.array(list(columns.values()), float).reshape(len(columns), -1, 2)
+    drawn = np.isfinite(values[..., 0]).any(axis=0)
     names, rows = [name for name, found in zip(names, drawn) if found], -(-len(columns) // 2)
     fig, axes = plt.subplots(rows, 2, figsize=(10.4, rows * (1.1 + 0.3 * len(names))), squeeze=False)
-    for ax, (label, values) in zip(axes.flat, columns.items()):
-        means, half_widths = values[drawn].T
+    for ax, label, (means, half_widths) in zip(axes.flat, columns, values[:, drawn].transpose(0, 2, 1)):
         style = dict(fmt="o", color=COLOURS["sila"], capsize=2)
         intervals(ax, names, [(range(len(names)), means, half_widths, style)], label)
         ax.locator_params(axis="x", nbins=5)
