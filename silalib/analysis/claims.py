@@ -23,7 +23,6 @@ from ..losses import LABELS, SiameseLabelsLoss
 from ..models import count_parameters
 from . import tables
 from .evidence import TABLES, collect, of_head, pairs, printed, ratio  # noqa: F401  (printed: for pages)
-from .statistics import seeds
 from .verdict import ClaimVerdict, Effect, Pair, paired, seeds_to_decide
 
 EVERY = tomllib.loads((files("silalib.analysis") / "claims.toml").read_text())
@@ -58,33 +57,14 @@ def of_exhibit(claim, exhibit):
 def headline(*judged):
     """Judged claims as Markdown, a paragraph each: in bold the verdict, then the numbers on which it rests.
 
-    A scope that several effects in a row have, as "(Figure 7a, ResNet18 pair, 2 networks)", is said once: for a phone.
+    A scope that several effects in a row have, as "(Figure 7a, ResNet18 pair, 2 networks)", is said once.
     """
-    paragraphs = []
-    for claim in judged:
-        numbers, before = [], None
-        for effect in filter(str, claim.primary):
-            what, _, scope = effect.name.rpartition(" (")
-            numbers.append(f"{what if scope == before else effect.name}: **{effect}**")
-            before = scope
-        end = "." * bool(numbers)
-        paragraphs.append(f"**{claim.claim}: {claim.verdict}.** {'; '.join(numbers)}".strip() + end)
-    return "\n\n".join(paragraphs)
+    return tables.words().headline(judged)
 
 
 def in_words(claim):
     """A judged claim as Markdown: the verdict, then a line for each effect, and what would decide it."""
-    lines = [f"**{claim.claim}: {claim.verdict}.**\n"]
-    for effect in claim.effects:
-        line = f"- {effect.name}: {str(effect) or effect.hindered or 'no record'}"
-        line += seeds([effect.seeds], ", ") if effect.runs else ""
-        if effect not in claim.primary:
-            line += " (shown, judges nothing)"
-        elif claim.profile != "quick":
-            line += f": {effect.said}"
-            line += f"; the smallest effect of interest is {effect.delta:.{effect.digits}f}" if effect.delta else ""
-        lines.append(line + ".")
-    return "\n".join([*lines, *(f"  {line}" for line in what_decides(claim))])
+    return tables.words().in_words(claim, what_decides(claim)).rstrip()
 
 
 def what_decides(claim, timed=True):

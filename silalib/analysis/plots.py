@@ -19,7 +19,6 @@ from . import statistics, tables
 
 COLOURS = dict(zip(LABELS, cycle(("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))))
 """Method -> colour, distinguishable without red-green vision."""
-
 INK, FAINT = "#1c1e21", "#767676"
 PAPER = dict(marker="D", linestyle="", color=INK, fillstyle="none", markersize=9, zorder=4)
 """The mark of the paper's numbers: an open diamond, larger than our points and above them."""
@@ -55,18 +54,15 @@ def difference(ax, x, values, colour=COLOURS["sila"], label="", fmt="-"):
 def gains(rows, methods, title):
     """A figure of `tables.over_seeds`: each network row's gain in top-1 over IND with its 95% interval, by method.
 
-    A diamond around or beside a point is the gain that the paper prints. Rows without a gain of ours are left out. The
-    title is followed by the number of seeds.
+    A diamond is the gain that the paper prints. Rows without a gain of ours are left out. The number of seeds follows
+    the title.
     """
-    names = [LABELS[method] for method in methods]
-    top1 = rows[(rows["metric"] == "top1") & rows["method"].isin(names) & rows["gain"].notna()]
+    top1 = rows[(rows["metric"] == "top1") & rows["gain"].notna() & rows["method"].isin(map(LABELS.get, methods))]
     top1 = top1.assign(line=top1.groupby(["pair", "net"], sort=False).ngroup())
-    parts = [(method, top1[top1["method"] == LABELS[method]]) for method in methods]
-    series = [
-        (part["line"], part["gain"], part["gain_half"], dict(label=LABELS[method], fmt="o", color=COLOURS[method]),
-         part["paper_gain"])
-        for method, part in parts
-    ]  # fmt: skip
+    series = []
+    for method in methods:
+        part, style = top1[top1["method"] == LABELS[method]], dict(label=LABELS[method], fmt="o", color=COLOURS[method])
+        series.append((part["line"], part["gain"], part["gain_half"], style, part["paper_gain"]))
     networks = top1.drop_duplicates("line")
     names = [f"{tables.short(pair)} · Net{net}" for pair, net in zip(networks["pair"], networks["net"])]
     fig, ax = plt.subplots(figsize=(5.6, 1.4 + (0.18 + 0.1 * len(methods)) * len(names)))
@@ -97,10 +93,8 @@ def intervals(ax, names, series, xlabel):
 
 
 def features(ax, record, head, label):
-    """Draw the two-dimensional features of a record's test images (Figure 6), coloured by class.
-
-    The digit marks the mean of its class. label: what the network is called in the title.
-    """
+    """Draw the two-dimensional features of a record's test images (Figure 6), coloured by class; a digit marks the mean
+    of its class. label: what the network is called in the title."""
     points, labels = record.features[f"test_{head}"].astype(float), record.features["test_labels"]
     size = 2 if len(points) > 2000 else 9
     ax.scatter(*points.T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=size, alpha=0.5, linewidths=0)
@@ -117,10 +111,9 @@ def features(ax, record, head, label):
 def show(fig, name, profile, alt, records=(), thumb=None):
     """Save a figure as results/<profile>/figures/<name>.png, .svg, .pdf and .csv, display it, and close it.
 
-    alt: its alternative text. records: those it shows, as `ensure` gives them; <name>.json says where they come from.
-    thumb: which of its panels the index shows, of a page's main figure. A figure of records is watermarked in the quick
-    profile: the data are a stand-in. Equal figures give equal bytes. Where nothing is drawn, a line of text takes its
-    place.
+    alt: its alternative text. records: those it shows, as `ensure` gives them; <name>.json says where they come from,
+    and in the quick profile they are watermarked. thumb: the panel that the index shows, of a page's main figure.
+    Equal figures give equal bytes. Where nothing is drawn, a line of text takes its place.
     """
     from IPython.display import Image, Markdown, display
 
@@ -213,9 +206,8 @@ def panel_boxes(fig):
     renderer, scale = fig.canvas.get_renderer(), 72 / fig.dpi
     whole = fig.get_tightbbox(renderer).padded(plt.rcParams["savefig.pad_inches"])  # in inches
     boxes = [ax.get_tightbbox(renderer).padded(4) for ax in fig.axes if len(fig.axes) > 1]
-    corners = [(box.x0 * scale - 72 * whole.x0, 72 * whole.y1 - box.y1 * scale) for box in boxes]
-    found = [(*corner, box.width * scale, box.height * scale) for corner, box in zip(corners, boxes)]
-    return np.round(found, 1).tolist()
+    boxes = [(box.x0 - 72 * whole.x0 / scale, 72 * whole.y1 / scale - box.y1, box.width, box.height) for box in boxes]
+    return np.round(np.multiply(boxes, scale), 1).tolist()
 
 
 def thumbnail(fig, panel, name):
@@ -310,10 +302,8 @@ def table_page(name, profile, grid, records):
 
 
 def panels(names, columns, title):
-    """A figure of means with their intervals, in panels that have the same rows; those without any are left out.
-
-    columns: label of a panel -> [(mean, half-width) of each row].
-    """
+    """A figure of panels with the same rows, means with their intervals; rows without any are left out. columns: label
+    of a panel -> [(mean, half-width) of each row]."""
     values = np.array(list(columns.values()), float).reshape(len(columns), -1, 2)
     drawn = np.isfinite(values[..., 0]).any(axis=0)
     names, rows = [name for name, found in zip(names, drawn) if found], -(-len(columns) // 2)

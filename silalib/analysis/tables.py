@@ -1,7 +1,8 @@
 """The paper's printed numbers, our records as data frames beside them, and the words of captions."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+from functools import cache
 from importlib.resources import files
 
 import numpy as np
@@ -15,13 +16,11 @@ from ..models import MODELS, NAMES, count_macs, count_parameters
 from ..records import failure
 from ..training.execution import precision
 from ..training.provenance import device_kind
-from .statistics import interval, over_seeds_of, plus_minus
+from .statistics import interval, over_seeds_of, plus_minus, seeds
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
-
 COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
-
 HEAD = ["run", "method", "seed", "net", "network", *METRICS, "ece", "nll_scaled", "ece_scaled", "parameters", "macs"]
 HEAD += ["train_nll", "train_top1", "train_ece", "test_concentration", "train_concentration"]
 HEAD += [f"curvature_{name}" for name in ("absolute", "filter", "absolute_residual", "filter_residual")]
@@ -30,16 +29,15 @@ HEAD += [f"ensemble_{field}" for field in ("top1", "top5", "nll", "ece", "nll_sc
 
 
 def reported(table):
-    """The numbers of the paper's "table1", "table2" or "table3", or the documented sizes of its "networks", as a data
-    frame; an empty cell is not printed."""
+    """The paper's "table1", "table2" or "table3", or the documented sizes of its "networks"; NaN is not printed."""
     return pd.read_csv(files("silalib.analysis") / "reported" / f"{table}.csv")
 
 
 def measured(grid, records, metrics, exhibit=""):
     """One row per network row, metric and seed of a table's grid: what our records hold, NaN where there is none.
 
-    IND's pair counts as two single networks of one kind, and stands under their name, as the paper's IND does.
-    Columns: exhibit, dataset (its title), pair, method, net (1 or 2), network, metric, seed, value, run.
+    Its columns are COLUMNS: dataset is a title, net 1 or 2. IND's pair counts as two single networks of one kind, and
+    stands under their name, as the paper's IND does.
     """
     rows = []
     for run in grid:
@@ -82,9 +80,8 @@ def gains(frame, method=None, over="ind", table=None):
 
     IND is Net_c of the same network's own pair, or its one network where it was trained alone, as in the paper; any
     other method is that of the same network of the same pair. Paired by seed; a row without a counterpart in the frame
-    is left out, and one with a missing value has the gain NaN. Adds the columns gain, run_over and net_over; with a
-    table also paper and paper_gain, what the paper prints.
-    Without a method: all rows, where IND's own and those without a counterpart have the gain NaN.
+    is left out. Without a method: all rows. Adds the columns gain (NaN for IND's own, and where a value is missing),
+    run_over and net_over; with a table also paper and paper_gain, what the paper prints.
     """
     keys = ["exhibit", "dataset", "network", "metric", "seed", "net"] + ([] if over == "ind" else ["pair"])
     baseline = frame[frame["method"] == over].assign(net_over=lambda rows: rows["net"])
@@ -105,12 +102,11 @@ def gains(frame, method=None, over="ind", table=None):
 
 
 def over_seeds(grid, records, metrics, table=None):
-    """The runs of a grid over seeds, a row per network row and metric: data set, pair, method as the paper spells it,
-    net, network, metric; n, mean and half-width; gain over IND of the same network and seed (positive is better), its
-    half-width and n; failed (where training failed, in words); paper and paper_gain.
+    """The runs of a grid over seeds, a row per network row and metric: n, mean and half-width of the values, gain (over
+    IND, as in `gains`) with gain_half and gain_n, failed (where training failed, in words), paper and paper_gain.
 
-    records: dict run -> Record of those that are finished. table: whose numbers are beside; a stand-in has those of
-    the paper's first data set. Net2 of IND's pair is a baseline and no row.
+    records: dict run -> Record of those that are finished. table: whose numbers stand beside; a stand-in has those of
+    the paper's first data set. Methods are spelled as in the paper. Net2 of IND's pair is a baseline and no row.
     """
     frame = gains(measured(grid, records, metrics), table=table)
     frame = frame[(frame["method"] != "ind") | (frame["net"] == 1)]
@@ -183,13 +179,12 @@ def heads(grid, records):
 def difference(own, baseline, column):
     """(mean, half-width) over seeds of a column in one part of `heads` minus that in another, paired by seed and net.
 
-    The mean over the networks. A baseline with a single network stands beside each. Seeds that lack a value do not
-    count.
+    A mean over the networks; a baseline with a single one stands beside each. Seeds that lack a value do not count.
     """
     keys = ["seed", "net"] if baseline["net"].nunique() > 1 else ["seed"]
     both = own.merge(baseline[[*keys, column]], on=keys, suffixes=("", "_over"), validate="many_to_one")
-    differences = both[column] - both[f"{column}_over"]
-    return interval(differences.groupby(both["seed"]).mean(skipna=False).dropna())
+    gain = both[column] - both[f"{column}_over"]
+    return interval(gain.groupby(both["seed"]).mean(skipna=False).dropna())
 
 
 def side_by_side(parts, columns, ind=None, first="network"):
@@ -241,13 +236,12 @@ def shared_costs(curves, points=50):
 def gains_at_equal_costs(curves, baselines, points=50):
     """The gains in top-1 (points) of curves over others at `shared_costs`, paired by seed; shape (seeds, points).
 
-    A curve is a data frame with macs and top1, interpolated linearly. Shape (0, points) without curves, or without a
-    cost that all reach.
+    A curve is a data frame with macs and top1, interpolated linearly. (0, points) without any, or without shared costs.
     """
     costs = shared_costs([*curves, *baselines], points)
-    ordered = [[curve.sort_values("macs") for curve in pair] for pair in zip(curves, baselines) if len(costs)]
-    top1 = [[np.interp(costs, curve["macs"], curve["top1"]) for curve in pair] for pair in ordered]
-    return np.array([own - other for own, other in top1]).reshape(-1, points)
+    top1 = lambda curve: np.interp(costs, *curve.sort_values("macs")[["macs", "top1"]].to_numpy(float).T)
+    pairs = zip(curves, baselines) if len(costs) else ()
+    return np.array([top1(curve) - top1(other) for curve, other in pairs]).reshape(-1, points)
 
 
 def exit_networks(grid, records, learned=0.0):
@@ -272,10 +266,7 @@ def exit_networks(grid, records, learned=0.0):
 
 
 def networks():
-    """Every network's parameters and forward MACs at its input size, counted, beside the documented figures.
-
-    A data frame of text; an empty cell is a figure that is not documented.
-    """
+    """Every network's parameters and forward MACs at its input size, counted, beside the documented ones, as text."""
     rows = []
     for known in reported("networks").fillna("").to_dict("records"):
         image = known["channels"], known["size"], known["size"]
@@ -308,25 +299,25 @@ def mixed(records):
 def what_runs(profile, grid, records):
     """Markdown: how many runs of a page have a record, on which data, seeds and schedules; for each data set how many
     are not run, how to get them, and which failed."""
-    planned, missing = [f"{len(records)} of {len(grid)} runs have a record."], []
-    for name, count in Counter(run.dataset for run in grid).items():
-        runs, where = [run for run in grid if run.dataset == name], data.dataset(name)
-        seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
-        planned.append(f"{title(profile, name)}; seeds {seeds}; {'; '.join(dict.fromkeys(map(schedule, runs)))}.")
-        if not (left := [run for run in runs if run not in records]):
-            continue
-        how = "they are not trained yet" if data.is_available(name) else "its data are not here"
-        if not data.is_available(name) and where.prepared:
-            how += (
-                f": `python -m silalib data {name} --from DIR` prepares them from your own copy, see `data/README.md`"
-            )
-        elif not data.is_available(name):
-            how += ", they are downloaded by training"
-        missing.append(f"**Not run:** {len(left)} of {count} runs on {where.title}; {how}.\n")
-        if failed := ", ".join(failed_at(run) for run in left if failure(run)):
-            rule = "counts with the top-1 of chance in what is judged, and is left out here"
-            missing.append(f"Of these failed: {failed}. One with a loss that is not finite {rule}.\n")
-    return "\n\n".join([" ".join(planned), stand_in(profile), "\n".join(missing)])
+    sets = []
+    for name in dict.fromkeys(run.dataset for run in grid):
+        runs = [run for run in grid if run.dataset == name]
+        left = [run for run in runs if run not in records]
+        lost = [failed_at(run) for run in left if failure(run)]
+        schedules = dict.fromkeys(map(schedule, runs))
+        more = dict(of=data.dataset(name), here=data.is_available(name), schedules=schedules)
+        sets.append(dict(name=name, runs=runs, left=left, failed=lost, **more))
+    return words().what_runs(profile, grid, records, sets).rstrip()
+
+
+@cache
+def words():
+    """The macros of words.md.j2."""
+    from jinja2 import Template
+
+    text = (files("silalib.analysis") / "words.md.j2").read_text(encoding="utf-8")
+    environment = dict(seeds=seeds, stand_in=stand_in, title=title)
+    return Template(text, trim_blocks=True, lstrip_blocks=True).make_module(environment)
 
 
 def training_images(run):
@@ -347,13 +338,14 @@ def title(profile, dataset):
 
 def scale(profile):
     """A sentence about how far a profile is from the paper's schedule; "" for the paper's own."""
-    if profile == "paper":
-        return ""
-    ours, papers = (schedule(table1(p)[0]) for p in (profile, "paper"))
-    return f"Profile {profile} is smaller than the paper: Table 1, for one, is {ours}; in the paper {papers}."
+    ours, papers = (schedule(table1(name)[0]) for name in (profile, "paper"))
+    text = f"Profile {profile} is smaller than the paper: Table 1, for one, is {ours}; in the paper {papers}."
+    return text if profile != "paper" else ""
 
 
 def stand_in(profile):
     """Disclaimer of the quick profile; "" for any other."""
-    disclaimer = "These are stand-in data and tiny networks: they show that every part works and judge nothing"
-    return f"\n{disclaimer} in the paper." if profile == "quick" else ""
+    text = (
+        "\nThese are stand-in data and tiny networks: they show that every part works and judge nothing in the paper."
+    )
+    return text if profile == "quick" else ""
