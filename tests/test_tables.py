@@ -101,8 +101,8 @@ def test_the_msdnets_of_a_grid():
 
 
 def test_only_quick_is_said_to_be_a_stand_in():
-    assert "stand-in" in tables.stand_in("quick")
-    assert [tables.stand_in(profile) for profile in PROFILES[1:]] == ["", "", ""]
+    for text in (tables.scale, lambda profile: tables.what_runs(profile, [], {})):
+        assert ["stand-in data" in text(profile) for profile in PROFILES] == [True, False, False, False]
 
 
 def head(top1, **more):

@@ -25,7 +25,7 @@ from . import tables
 from .evidence import TABLES, collect, of_head, pairs, printed, ratio  # noqa: F401  (printed: for pages)
 from .verdict import ClaimVerdict, Effect, Pair, paired, seeds_to_decide
 
-EVERY = tomllib.loads((files("silalib.analysis") / "claims.toml").read_text())
+EVERY = tomllib.loads((files("silalib.analysis") / "claims.toml").read_text(encoding="utf-8"))
 EVERY = {name: (of["claim"], of["exhibits"], of.get("effects", ())) for name, of in EVERY.items()}
 CLAIMS = {name: value for name, value in EVERY.items() if name.isdigit()}
 """Number -> (the paper's claim, the exhibits that it is about, the rows of its effects)."""
@@ -44,8 +44,9 @@ def judge(profile, seeds=None, names=None):
 
 def judge_all(found, names=None):
     """The paper's claims, then ours, or those named."""
-    chosen = [(name, claim) for name, (claim, *_) in EVERY.items() if names is None or name in names]
-    return [ClaimVerdict(*claim, tuple(effects(found, claim[0])), found.profile, found.records) for claim in chosen]
+    chosen = {name: claim for name, (claim, *_) in EVERY.items() if names is None or name in names}
+    judged = lambda name, claim: ClaimVerdict(name, claim, tuple(effects(found, name)), found.profile, found.records)
+    return [judged(name, claim) for name, claim in chosen.items()]
 
 
 def of_exhibit(claim, exhibit):
@@ -55,10 +56,8 @@ def of_exhibit(claim, exhibit):
 
 
 def headline(*judged):
-    """Judged claims as Markdown, a paragraph each: in bold the verdict, then the numbers on which it rests.
-
-    A scope that several effects in a row have, as "(Figure 7a, ResNet18 pair, 2 networks)", is said once.
-    """
+    """Judged claims as Markdown, a paragraph each: in bold the verdict, then the numbers on which it rests. A scope
+    that several effects in a row have, as "(Figure 7a, ResNet18 pair, 2 networks)", is said once."""
     return tables.words().headline(judged)
 
 
@@ -125,9 +124,9 @@ def of_table(found, row, delta, all_metrics):
     if rows.empty:
         return None
     cells = rows.drop_duplicates(["dataset", "pair", "net"])
-    one = lambda column: cells[column].iloc[0] if cells[column].nunique() == 1 else ""
-    scope = [EXHIBITS[name].title.split(":")[0], one("dataset") * (name == "table3")]
-    scope += [f"{one('network')} pair" * bool(one("network") and one("pair")), f"{len(cells)} networks"]
+    one = {column: cells[column].iloc[0] * (cells[column].nunique() == 1) for column in ("dataset", "pair", "network")}
+    pair = f"{one['network']} pair" if one["network"] and one["pair"] else ""
+    scope = [EXHIBITS[name].title.split(":")[0], one["dataset"] * (name == "table3"), pair, f"{len(cells)} networks"]
     both = f"{LABELS[method]} over {LABELS[over]}"
     both = f"{LABELS[over]} minus {LABELS[method]}" if metric == "nll" else both  # the less, the better
     what = f"{tables.METRICS[metric].replace('Top', 'top')}, {both} ({', '.join(filter(None, scope))})"

@@ -52,11 +52,8 @@ def difference(ax, x, values, colour=COLOURS["sila"], label="", fmt="-"):
 
 
 def gains(rows, methods, title):
-    """A figure of `tables.over_seeds`: each network row's gain in top-1 over IND with its 95% interval, by method.
-
-    A diamond is the gain that the paper prints. Rows without a gain of ours are left out. The number of seeds follows
-    the title.
-    """
+    """A figure of `tables.over_seeds`: each network row's gain in top-1 over IND with its 95% interval, by method, and
+    as a diamond the paper's. Rows without a gain of ours are left out. The number of seeds follows the title."""
     top1 = rows[(rows["metric"] == "top1") & rows["gain"].notna() & rows["method"].isin(map(LABELS.get, methods))]
     top1 = top1.assign(line=top1.groupby(["pair", "net"], sort=False).ngroup())
     series = []
@@ -74,11 +71,8 @@ def gains(rows, methods, title):
 
 
 def intervals(ax, names, series, xlabel):
-    """Draw means with their intervals beside names, from top to bottom, with a rule at zero.
-
-    series: [(number of each point's name, means, half-widths, style, the paper's numbers)]; these can be left out. One
-    without a mean is not in the legend.
-    """
+    """Draw means with their intervals beside names, from top to bottom, with a rule at zero. series: [(number of each
+    point's name, means, half-widths, style, the paper's numbers or none)]; one without a mean has no legend."""
     for i, (lines, means, half_widths, style, *papers) in enumerate(series):
         y = np.array(lines) + 0.2 * (i - (len(series) - 1) / 2)
         bars = ax.errorbar(means, y, xerr=half_widths, **style)
@@ -183,10 +177,8 @@ def numbers(fig):
 
 
 def themed(svg, name, alt):
-    """An SVG of matplotlib in fewer bytes, whose colours follow the reader's light or dark theme; alone it is light.
-
-    On a dark ground a grey is turned, and any other colour is lighter.
-    """
+    """An SVG of matplotlib in fewer bytes, whose colours follow the reader's light or dark theme; alone it is light. On
+    a dark ground a grey is turned, and any other colour is lighter."""
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[a-zA-Z.]+(?:2d)?_\d+"', "", svg)  # nothing refers to them
     svg = re.sub(r'( id="|href="#|url\(#)(?:DejaVuSans-)?', rf"\g<1>{name}-", svg)  # a page has several figures

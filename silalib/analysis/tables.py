@@ -21,6 +21,7 @@ from .statistics import interval, over_seeds_of, plus_minus, seeds
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
 COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
+"""Of `measured` and `printed`: the data set's title, net 1 or 2, one value of one run."""
 HEAD = ["run", "method", "seed", "net", "network", *METRICS, "ece", "nll_scaled", "ece_scaled", "parameters", "macs"]
 HEAD += ["train_nll", "train_top1", "train_ece", "test_concentration", "train_concentration"]
 HEAD += [f"curvature_{name}" for name in ("absolute", "filter", "absolute_residual", "filter_residual")]
@@ -34,11 +35,8 @@ def reported(table):
 
 
 def measured(grid, records, metrics, exhibit=""):
-    """One row per network row, metric and seed of a table's grid: what our records hold, NaN where there is none.
-
-    Its columns are COLUMNS: dataset is a title, net 1 or 2. IND's pair counts as two single networks of one kind, and
-    stands under their name, as the paper's IND does.
-    """
+    """A row of COLUMNS per network row, metric and seed of a table's grid: what our records hold, NaN where there is
+    none. IND's pair counts as two single networks of one kind, and stands under their name, as the paper's IND does."""
     rows = []
     for run in grid:
         pair = "+".join(NAMES[net] for net in (run.nets if run.method != "ind" else run.nets[:1]))
@@ -177,10 +175,8 @@ def heads(grid, records):
 
 
 def difference(own, baseline, column):
-    """(mean, half-width) over seeds of a column in one part of `heads` minus that in another, paired by seed and net.
-
-    A mean over the networks; a baseline with a single one stands beside each. Seeds that lack a value do not count.
-    """
+    """(mean, half-width) over seeds of a column in one part of `heads` minus that in another, paired by seed and net;
+    a baseline with a single network stands beside each. Seeds that lack a value do not count."""
     keys = ["seed", "net"] if baseline["net"].nunique() > 1 else ["seed"]
     both = own.merge(baseline[[*keys, column]], on=keys, suffixes=("", "_over"), validate="many_to_one")
     gain = both[column] - both[f"{column}_over"]
@@ -214,10 +210,8 @@ def curves(grid, records, method, head=0, column="test_top1"):
 
 
 def exit_curves(grid, records, curve):
-    """(dataset, blocks) of each network in a grid of MSDNets -> method -> seed -> curve(record).
-
-    Every network and method of the grid is there, in its order; one without records has no seeds.
-    """
+    """(dataset, blocks) of each network in a grid of MSDNets -> method -> seed -> curve(record); every network and
+    method is there, in the grid's order, with the seeds that have a record."""
     found = {}
     for run in grid:
         seeds = found.setdefault((run.dataset, run.n_heads), {}).setdefault(run.method, {})
@@ -246,9 +240,7 @@ def gains_at_equal_costs(curves, baselines, points=50):
 
 def exit_networks(grid, records, learned=0.0):
     """A table to look at of the MSDNets of a grid: what each is trained on, its size, its records, its last exit.
-
-    learned: a network whose last exit of IND stays under this top-1 is marked 'did not learn'.
-    """
+    learned: a network whose last exit of IND stays under this top-1 is marked 'did not learn'."""
     rows = []
     for (dataset, blocks), methods in exit_curves(grid, records, lambda record: record.heads).items():
         first, *_ = runs = [run for run in grid if (run.dataset, run.n_heads) == (dataset, blocks)]
@@ -316,8 +308,7 @@ def words():
     from jinja2 import Template
 
     text = (files("silalib.analysis") / "words.md.j2").read_text(encoding="utf-8")
-    environment = dict(seeds=seeds, stand_in=stand_in, title=title)
-    return Template(text, trim_blocks=True, lstrip_blocks=True).make_module(environment)
+    return Template(text, trim_blocks=True, lstrip_blocks=True).make_module(dict(seeds=seeds, title=title))
 
 
 def training_images(run):
@@ -337,15 +328,5 @@ def title(profile, dataset):
 
 
 def scale(profile):
-    """A sentence about how far a profile is from the paper's schedule; "" for the paper's own."""
-    ours, papers = (schedule(table1(name)[0]) for name in (profile, "paper"))
-    text = f"Profile {profile} is smaller than the paper: Table 1, for one, is {ours}; in the paper {papers}."
-    return text if profile != "paper" else ""
-
-
-def stand_in(profile):
-    """Disclaimer of the quick profile; "" for any other."""
-    text = (
-        "\nThese are stand-in data and tiny networks: they show that every part works and judge nothing in the paper."
-    )
-    return text if profile == "quick" else ""
+    """How far a profile is from the paper's schedule, and that `quick` is a stand-in; "" for the paper's own."""
+    return words().scale(profile, *(schedule(table1(name)[0]) for name in (profile, "paper")))
