@@ -179,12 +179,6 @@ def curve(found, run):
     return pd.DataFrame({"macs": [0.0, 1e30], "top1": [tables.chance(run)] * 2})
 
 
-def distance(record, head):
-    """The mean over the epochs of |test top-1 of Net1 - of Net2|."""
-    net1, net2 = (of_head(record.history, head)["test_top1"].to_numpy() for head in (0, 1))
-    return np.abs(net1 - net2).mean()
-
-
 def change(record, head, kind="absolute"):
     """Change of training NLL under noise on the parameters, mean over the draws and over sigma above 0 (Figure 7b)."""
     noise = of_head(record.noise, head).query("kind == @kind")
@@ -193,10 +187,11 @@ def change(record, head, kind="absolute"):
 
 
 AT_COSTS = "top1 at equal costs"
+by_epoch = lambda record, head, column="test_top1": of_head(record.history, head)[column].to_numpy()
 VALUES = {
-    "top1 by epoch": lambda record, head: of_head(record.history, head)["test_top1"].mean(),
-    "last training NLL": lambda record, head: of_head(record.history, head)["train_nll"].iloc[-1],
-    "distance": distance,
+    "top1 by epoch": lambda record, head: by_epoch(record, head).mean(),
+    "distance": lambda record, head: np.abs(by_epoch(record, 0) - by_epoch(record, 1)).mean(),  # of Net1 and Net2
+    "last training NLL": lambda record, head: by_epoch(record, head, "train_nll")[-1],
     "change under noise": change,
     AT_COSTS: lambda record, head: 0.0,  # until all runs are there
 }

@@ -195,11 +195,11 @@ def themed(svg, name, alt):
 
 def panel_boxes(fig):
     """The box (x, y, width, height) of each panel in the figure's SVG, for a phone to stack; none for one panel."""
-    renderer, scale = fig.canvas.get_renderer(), 72 / fig.dpi
+    renderer, dpi = fig.canvas.get_renderer(), fig.dpi
     whole = fig.get_tightbbox(renderer).padded(plt.rcParams["savefig.pad_inches"])  # in inches
     boxes = [ax.get_tightbbox(renderer).padded(4) for ax in fig.axes if len(fig.axes) > 1]
-    boxes = [(box.x0 - 72 * whole.x0 / scale, 72 * whole.y1 / scale - box.y1, box.width, box.height) for box in boxes]
-    return np.round(np.multiply(boxes, scale), 1).tolist()
+    boxes = [(box.x0 - dpi * whole.x0, dpi * whole.y1 - box.y1, box.width, box.height) for box in boxes]
+    return np.round(np.multiply(boxes, 72 / dpi), 1).tolist()
 
 
 def thumbnail(fig, panel, name):
@@ -221,12 +221,9 @@ def show_table(frame, name, profile, caption, data=None, records=()):
 
     whole, empty = frame, {"not run", "", "-"}
     frame = frame.loc[:, [not set(map(str, frame[name])) <= ({"0"} if name == "seeds" else empty) for name in frame]]
-    contents = {
-        "csv": (whole if data is None else data).to_csv(index=False, lineterminator="\n").encode(),
-        "md": f"{in_markdown(caption)}\n\n{markdown(frame)}".encode(),
-        "tex": latex(frame, caption).encode(),
-    }
-    save("tables", name, profile, contents, records)
+    values = (whole if data is None else data).to_csv(index=False, lineterminator="\n")
+    contents = {"csv": values, "md": f"{in_markdown(caption)}\n\n{markdown(frame)}", "tex": latex(frame, caption)}
+    save("tables", name, profile, {kind: text.encode() for kind, text in contents.items()}, records)
     if frame.shape[1] < min(2, whole.shape[1]):
         display(Markdown(f"**Not run:** {in_markdown(caption)}"))
         return
