@@ -394,11 +394,12 @@ def test_a_run_that_held_nothing_out_has_no_budgeted_curve(record):
         early_exit.budgeted(record)
 
 
-def test_at_costs_interpolates():
+def test_gains_at_equal_costs_interpolate():
     import pandas as pd
 
     curve = pd.DataFrame({"macs": [30.0, 10.0, 20.0], "top1": [90.0, 50.0, 80.0]})
-    assert tables.at_costs(curve, [10, 15, 25, 30]).tolist() == [50, 65, 85, 90]
+    nothing = pd.DataFrame({"macs": [10.0, 30.0], "top1": [0.0, 0.0]})
+    assert tables.gains_at_equal_costs([curve], [nothing], 5).tolist() == [[50, 65, 80, 85, 90]]
 
 
 def test_gains_at_equal_costs_by_hand():

@@ -62,7 +62,7 @@ def test_table3_has_every_row_of_the_paper():
     keys = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100"}
     names = {title: net for net, title in NAMES.items()}
     expected = {
-        (keys[d], names[n], m.lower()) for d, n, m in zip(printed["dataset"], printed["net1"], printed["method"])
+        (keys[d], names[n], m.lower()) for d, n, m in zip(printed["dataset"], printed["network"], printed["method"])
     }
     grid = table3("paper", [7])
     assert {(run.dataset, run.nets[0], run.method) for run in grid} == expected

@@ -459,7 +459,7 @@ def test_a_run_that_diverged_is_shown_with_epoch_step_and_rate(tiny, exhibit, ca
     capsys.readouterr()
     assert main(["status", "tiny"]) == 0
     assert f"not finite in {where} (--retry trains it again)" in capsys.readouterr().out
-    frame = tables.over_seeds(tables.cells([bad, good], {}, ["top1"]))
+    frame = tables.over_seeds([bad, good], {}, ["top1"])
     table = tables.comparison(frame, ["top1"]).to_string()
     assert table.count(f"(seed 0 failed: {where})") == 2 and table.count("not run") == 1  # two networks, and `good`
     assert main(["train", "tiny", "--workers", "1"]) == 1

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from silalib.analysis import plots, tables
+from silalib.analysis import claims, plots, tables
 from silalib.analysis.verdict import ClaimVerdict, Effect
 from silalib.experiments import table1, table3
 
@@ -23,7 +23,7 @@ def test_of_exhibit_judges_by_its_effects_alone():
     lost = Effect("NLL (Table 2)", "nats", {seed: -gain for seed, gain in gains.items()}, planned=3, delta=0.5)
     claim = ClaimVerdict("1", "better", (*effects, lost), "small")
     assert claim.verdict == "contradicted"
-    first = tables.of_exhibit(claim, "Table 1")
+    first = claims.of_exhibit(claim, "Table 1")
     assert (first.claim, first.verdict, len(first.effects)) == ("better (Table 1)", "reproduced", 1)
 
 
@@ -44,7 +44,7 @@ def test_side_by_side_by_hand(frame):
     ind, sila = (frame[frame["method"] == method] for method in ("ind", "sila"))
     parts = {"IND": ind, "SiLa": sila, "SiLa Net1": sila[sila["net"] == 1], "DML": frame[:0]}
     columns = {"top-1": ("top1", 1), "ECE": ("ece", 2)}
-    found = tables.side_by_side(parts, columns, {"IND": ind}, "pair").set_index("pair")
+    found = tables.side_by_side(parts, columns, ind, "pair").set_index("pair")
     assert list(found) == ["top-1, to IND", "ECE, to IND", "top-1", "ECE", "seeds"]
     assert list(found["seeds"]) == [3, 3, 3, 0]
     # t of 2 degrees of freedom is 4.3027; 50, 51, 52 have the standard error 1 / sqrt(3)

@@ -171,7 +171,7 @@ def test_one_seed_is_drawn_without_a_bar():
     for seeds, title in (([0], ", 1 seed"), ([0, 1], ", 2 seeds")):
         grid = table3("paper", seeds)
         records = made_up(grid, lambda run, head: 50.0 + run.seed * (run.method == "sila"))
-        rows = tables.over_seeds(tables.cells(grid, records, ("top1",), "table3"))
+        rows = tables.over_seeds(grid, records, ("top1",), "table3")
         fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
         bars = fig.axes[0].containers[0].lines[2][0].get_segments()
         drawn = [bar for bar in bars if np.isfinite(bar).all() and len(bar)]
@@ -182,7 +182,7 @@ def test_one_seed_is_drawn_without_a_bar():
 
 def test_a_figure_of_gains_without_records_says_so():
     """Nothing is drawn of it, not even the paper's marks, so that `show` puts a sentence in its place."""
-    rows = tables.over_seeds(tables.cells(table3("paper", [0]), {}, ("top1",), "table3"))
+    rows = tables.over_seeds(table3("paper", [0]), {}, ("top1",), "table3")
     fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
     assert not plots.anything_drawn(fig) and fig.axes[0].get_title(loc="left") == "Title"
     plots.plt.close(fig)
@@ -192,7 +192,7 @@ def test_the_papers_gain_is_a_mark_that_no_dot_hides():
     """VGG19 gains 0.22 in the paper (94.77 over 94.55), and 0.22 here: the diamond is larger, and in front."""
     grid = table3("paper", [0])
     records = made_up(grid, lambda run, head: 94.55 + 0.22 * (run.method == "sila"))
-    rows = tables.over_seeds(tables.cells(grid, records, ("top1",), "table3"))
+    rows = tables.over_seeds(grid, records, ("top1",), "table3")
     fig = plots.gains(rows[rows["dataset"] == "CIFAR-10"], ("sila",), "Title")
     dots, diamonds = fig.axes[0].lines[:2]
     names = [name.get_text() for name in fig.axes[0].get_yticklabels()]

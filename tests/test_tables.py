@@ -23,8 +23,7 @@ def test_gains_are_paired_by_seed_and_positive_when_better():
     grid = table1("paper", [0, 1])
     base = {("ind", 0): 50.0, ("ind", 1): 60.0, ("sila", 0): 53.0, ("sila", 1): 61.0}
     records = made_up(grid, lambda run, head: base.get((run.method, run.seed), 40.0) + head)
-    cells = tables.cells(grid, records, ("top1", "nll"), "table1")
-    rows = tables.over_seeds(cells).set_index(["pair", "method", "net", "metric"])
+    rows = tables.over_seeds(grid, records, ("top1", "nll"), "table1").set_index(["pair", "method", "net", "metric"])
     one = rows.loc[("ResNet18+ResNet18", "SiLa", 1, "top1")]
     assert (one["mean"], one["n"], one["gain"]) == (57, 2, 2)  # gains 3 and 1
     assert one["gain_half"] == pytest.approx(12.7062 * 2**0.5 / 2**0.5, rel=1e-4)  # t(0.975, 1), deviation sqrt(2)
@@ -39,8 +38,8 @@ def test_gains_are_paired_by_seed_and_positive_when_better():
 
 
 def test_the_papers_numbers_stand_beside_ours():
-    cells = tables.cells(table1("paper", [0]), {}, ("top1", "top5", "best", "nll"), "table1")
-    rows = tables.over_seeds(cells).set_index(["pair", "method", "net", "metric"]).sort_index()
+    rows = tables.over_seeds(table1("paper", [0]), {}, ("top1", "top5", "best", "nll"), "table1")
+    rows = rows.set_index(["pair", "method", "net", "metric"]).sort_index()
     # printed: MobileNet alone 66.90 and NLL 1.46; with ResNet18 and SiLa+DML 71.51 and 1.10
     assert rows.loc[("MobileNet", "IND", 1, "top1"), "paper"] == 66.9
     mixed = rows.loc[("MobileNet+ResNet18", "SiLa+DML", 1)]
@@ -56,8 +55,8 @@ def test_the_papers_numbers_stand_beside_ours():
 def test_table3_has_two_data_sets():
     grid = table3("paper", [0])
     records = made_up(grid, lambda run, head: 50.0 + (run.dataset == "cifar100") * (run.method == "sila"))
-    cells = tables.cells(grid, records, ("top1",), "table3")
-    rows = tables.over_seeds(cells).set_index(["dataset", "pair", "method", "net"]).sort_index()
+    rows = tables.over_seeds(grid, records, ("top1",), "table3")
+    rows = rows.set_index(["dataset", "pair", "method", "net"]).sort_index()
     # printed: VGG19 alone 94.55 and 73.82, Net1 with SiLa 94.77 and 74.12
     for dataset, gain, paper, paper_gain in [("CIFAR-10", 0, 94.77, 0.22), ("CIFAR-100", 1, 74.12, 0.3)]:
         row = rows.loc[(dataset, "VGG19+VGG19", "SiLa", 1)]
@@ -66,16 +65,16 @@ def test_table3_has_two_data_sets():
 
 
 def test_a_stand_in_has_the_papers_first_data_set_beside_it():
-    cells = tables.cells(table3("quick", [0]), {}, ("top1",), "table3").set_index(["pair", "method", "net"])
-    assert cells.loc[("VGG19", "IND", 1), "paper"] == 94.55
-    assert set(cells["dataset"]) == {"digits (8x8, enlarged)"}
+    rows = tables.over_seeds(table3("quick", [0]), {}, ("top1",), "table3").set_index(["pair", "method", "net"])
+    assert rows.loc[("VGG19", "IND", 1), "paper"] == 94.55
+    assert set(rows["dataset"]) == {"digits (8x8, enlarged)"}
 
 
 def test_comparison_says_what_was_not_run_and_what_did_not_learn():
     grid = table1("quick", [0])
     records = made_up(grid, lambda run, head: 70.0 if run.nets == ("mobilenet",) * 2 and run.method == "ind" else 90.0)
     records = {run: record for run, record in records.items() if "vgg13" not in run.nets}
-    table = tables.comparison(tables.over_seeds(tables.cells(grid, records, ("top1",), "table1")), ("top1",), 80)
+    table = tables.comparison(tables.over_seeds(grid, records, ("top1",), "table1"), ("top1",), 80)
     assert len(table) == 33
     shown = table.set_index([("", "network")])["Top-1"]
     assert list(shown) == ["gain", "paper's gain", "ours", "paper"]
@@ -102,8 +101,8 @@ def test_the_msdnets_of_a_grid():
 
 
 def test_only_quick_is_said_to_be_a_stand_in():
-    assert "stand-in" in tables.stand_in("quick")
-    assert [tables.stand_in(profile) for profile in PROFILES[1:]] == ["", "", ""]
+    for text in (tables.scale, lambda profile: tables.what_runs(profile, [], {})):
+        assert ["stand-in data" in text(profile) for profile in PROFILES] == [True, False, False, False]
 
 
 def head(top1, **more):
@@ -156,12 +155,12 @@ def test_a_difference_is_paired_by_seed_and_network():
     sila, ind = (rows[rows["method"] == method] for method in ("sila", "ind"))
     mean, half_width = tables.difference(sila, ind, "top1")
     assert (mean, half_width) == (2.25, pytest.approx(12.7062 * 0.25, rel=1e-5))
-    assert tables.difference(sila, ind, "top1", net=1) == (2.0, pytest.approx(12.7062, rel=1e-5))
-    assert tables.difference(sila, ind, "top1", net=2)[0] == 2.5
+    assert tables.difference(sila[sila["net"] == 1], ind, "top1") == (2.0, pytest.approx(12.7062, rel=1e-5))
+    assert tables.difference(sila[sila["net"] == 2], ind, "top1")[0] == 2.5
     # IND's first network alone stands beside both: gains 3 and 3, 1 and 4
     single = ind[ind["net"] == 1]
     assert tables.difference(sila, single, "top1")[0] == 2.75
-    assert tables.difference(sila, single, "top1", net=2)[0] == 3.5
+    assert tables.difference(sila[sila["net"] == 2], single, "top1")[0] == 3.5
     # a seed in which one network lacks the value does not count
     sila = sila.assign(top1=sila["top1"].where((sila["seed"] != 1) | (sila["net"] != 2)))
     assert tables.difference(sila, ind, "top1")[0] == 2.0

@@ -166,9 +166,8 @@ def how_far(answer):
     for name in TABLES:
         for profile, found in answer.found.items():
             done = [run for run in found.grids.get(name, ()) if run in found.records]
-            cells = tables.cells(done, found.records, ("top1",), name)
-            alone = tables.over_seeds(cells[cells["value"].notna() & (cells["method"] == LABELS["ind"])])
-            for row in alone.head(1).to_dict("records"):
+            rows = tables.over_seeds(done, found.records, ("top1",), name)
+            for row in rows[rows["method"] == LABELS["ind"]].head(1).to_dict("records"):
                 own = f"{plus_minus(row['mean'], row['half'])}% top-1{seeds([row['n']], ' (')}, {profile})"
                 lines.append(
                     f"Alone, {row['network']} reaches {own} on {row['dataset']}; the paper {row['paper']:.2f}%."

@@ -19,8 +19,12 @@ from . import statistics, tables
 
 COLOURS = dict(zip(LABELS, cycle(("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"))))
 """Method -> colour, distinguishable without red-green vision."""
-
 INK, FAINT = "#1c1e21", "#767676"
+PAPER = dict(marker="D", linestyle="", color=INK, fillstyle="none", markersize=9, zorder=4)
+"""The mark of the paper's numbers: an open diamond, larger than our points and above them."""
+UNDATED = dict(png={"Software": None}, svg=dict.fromkeys(("Creator", "Date")))
+UNDATED["pdf"] = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+"""Format of a figure -> the metadata that must not be in it, for its bytes to be the same every time."""
 
 
 def use_style():
@@ -48,13 +52,9 @@ def difference(ax, x, values, colour=COLOURS["sila"], label="", fmt="-"):
 
 
 def gains(rows, methods, title):
-    """A figure of `tables.over_seeds`: each network row's gain in top-1 over IND with its 95% interval, by method.
-
-    A diamond around or beside a point is the gain that the paper prints. Rows without a gain of ours are left out. The
-    title is followed by the number of seeds.
-    """
-    names = [LABELS[method] for method in methods]
-    top1 = rows[(rows["metric"] == "top1") & rows["method"].isin(names) & rows["gain"].notna()]
+    """A figure of `tables.over_seeds`: each network row's gain in top-1 over IND with its 95% interval, by method, and
+    as a diamond the paper's. Rows without a gain of ours are left out. The number of seeds follows the title."""
+    top1 = rows[(rows["metric"] == "top1") & rows["gain"].notna() & rows["method"].isin(map(LABELS.get, methods))]
     top1 = top1.assign(line=top1.groupby(["pair", "net"], sort=False).ngroup())
     series = []
     for method in methods:
@@ -70,16 +70,9 @@ def gains(rows, methods, title):
     return fig
 
 
-PAPER = dict(marker="D", linestyle="", color=INK, fillstyle="none", markersize=9, zorder=4)
-"""The mark of the paper's numbers: an open diamond, larger than our points and above them."""
-
-
 def intervals(ax, names, series, xlabel):
-    """Draw means with their intervals beside names, from top to bottom, with a rule at zero.
-
-    series: [(number of each point's name, means, half-widths, style, the paper's numbers)]; these can be left out. One
-    without a mean is not in the legend.
-    """
+    """Draw means with their intervals beside names, from top to bottom, with a rule at zero. series: [(number of each
+    point's name, means, half-widths, style, the paper's numbers or none)]; one without a mean has no legend."""
     for i, (lines, means, half_widths, style, *papers) in enumerate(series):
         y = np.array(lines) + 0.2 * (i - (len(series) - 1) / 2)
         bars = ax.errorbar(means, y, xerr=half_widths, **style)
@@ -94,32 +87,27 @@ def intervals(ax, names, series, xlabel):
 
 
 def features(ax, record, head, label):
-    """Draw the two-dimensional features of a record's test images (Figure 6), coloured by class.
-
-    The digit marks the mean of its class. label: what the network is called in the title.
-    """
+    """Draw the two-dimensional features of a record's test images (Figure 6), coloured by class; a digit marks the mean
+    of its class. label: what the network is called in the title."""
     points, labels = record.features[f"test_{head}"].astype(float), record.features["test_labels"]
     size = 2 if len(points) > 2000 else 9
     ax.scatter(*points.T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=size, alpha=0.5, linewidths=0)
+    box = dict(boxstyle="circle,pad=0.12", facecolor="white", edgecolor="#555555", linewidth=0.5)
     for digit in np.unique(labels):
         centre = points[labels == digit].mean(0)
-        ax.annotate(
-            str(digit), centre, ha="center", va="center", fontsize=9, weight="bold",
-            bbox=dict(boxstyle="circle,pad=0.12", facecolor="white", edgecolor="#555555", linewidth=0.5),
-        )  # fmt: skip
+        ax.annotate(str(digit), centre, ha="center", va="center", fontsize=9, weight="bold", bbox=box)
     metrics = record.heads[head]
-    ratio = f"scatter ratio {metrics['test_concentration']:.4f}"
-    ax.set_title(f"{label}, seed {record.run.seed}\ntop-1 {metrics['top1']:.2f}%, {ratio}", fontsize=10)
+    words = f"top-1 {metrics['top1']:.2f}%, scatter ratio {metrics['test_concentration']:.4f}"
+    ax.set_title(f"{label}, seed {record.run.seed}\n{words}", fontsize=10)
     ax.set(xticks=[], yticks=[])
 
 
 def show(fig, name, profile, alt, records=(), thumb=None):
     """Save a figure as results/<profile>/figures/<name>.png, .svg, .pdf and .csv, display it, and close it.
 
-    alt: its alternative text. records: those it shows, as `ensure` gives them; <name>.json says where they come from.
-    thumb: which of its panels the index shows, of a page's main figure. A figure of records is watermarked in the quick
-    profile: the data are a stand-in. Equal figures give equal bytes. Where nothing is drawn, a line of text takes its
-    place.
+    alt: its alternative text. records: those it shows, as `ensure` gives them; <name>.json says where they come from,
+    and in the quick profile they are watermarked. thumb: the panel that the index shows, of a page's main figure.
+    Equal figures give equal bytes. Where nothing is drawn, a line of text takes its place.
     """
     from IPython.display import Image, Markdown, display
 
@@ -189,10 +177,8 @@ def numbers(fig):
 
 
 def themed(svg, name, alt):
-    """An SVG of matplotlib in fewer bytes, whose colours follow the reader's light or dark theme; alone it is light.
-
-    On a dark ground a grey is turned, and any other colour is lighter.
-    """
+    """An SVG of matplotlib in fewer bytes, whose colours follow the reader's light or dark theme; alone it is light. On
+    a dark ground a grey is turned, and any other colour is lighter."""
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[a-zA-Z.]+(?:2d)?_\d+"', "", svg)  # nothing refers to them
     svg = re.sub(r'( id="|href="#|url\(#)(?:DejaVuSans-)?', rf"\g<1>{name}-", svg)  # a page has several figures
@@ -209,12 +195,11 @@ def themed(svg, name, alt):
 
 def panel_boxes(fig):
     """The box (x, y, width, height) of each panel in the figure's SVG, for a phone to stack; none for one panel."""
-    renderer, scale = fig.canvas.get_renderer(), 72 / fig.dpi
+    renderer, dpi = fig.canvas.get_renderer(), fig.dpi
     whole = fig.get_tightbbox(renderer).padded(plt.rcParams["savefig.pad_inches"])  # in inches
     boxes = [ax.get_tightbbox(renderer).padded(4) for ax in fig.axes if len(fig.axes) > 1]
-    corners = [(box.x0 * scale - 72 * whole.x0, 72 * whole.y1 - box.y1 * scale) for box in boxes]
-    found = [(*corner, box.width * scale, box.height * scale) for corner, box in zip(corners, boxes)]
-    return np.round(found, 1).tolist()
+    boxes = [(box.x0 - dpi * whole.x0, dpi * whole.y1 - box.y1, box.width, box.height) for box in boxes]
+    return np.round(np.multiply(boxes, 72 / dpi), 1).tolist()
 
 
 def thumbnail(fig, panel, name):
@@ -224,14 +209,6 @@ def thumbnail(fig, panel, name):
     fig.set_size_inches(2.9, 1.9)
     panel.set(position=(0.03, 0.05, 0.94, 0.9), title="", xlabel="", ylabel="", xticklabels=[], yticklabels=[])
     return themed(in_format(fig, "svg").decode(), f"{name}-thumbnail", "")
-
-
-UNDATED = {
-    "png": {"Software": None},
-    "svg": {"Creator": None, "Date": None},
-    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
-}
-"""Format of a figure -> the metadata that must not be in it, for its bytes to be the same every time."""
 
 
 def show_table(frame, name, profile, caption, data=None, records=()):
@@ -244,12 +221,9 @@ def show_table(frame, name, profile, caption, data=None, records=()):
 
     whole, empty = frame, {"not run", "", "-"}
     frame = frame.loc[:, [not set(map(str, frame[name])) <= ({"0"} if name == "seeds" else empty) for name in frame]]
-    contents = {
-        "csv": (whole if data is None else data).to_csv(index=False, lineterminator="\n").encode(),
-        "md": f"{in_markdown(caption)}\n\n{markdown(frame)}".encode(),
-        "tex": latex(frame, caption).encode(),
-    }
-    save("tables", name, profile, contents, records)
+    values = (whole if data is None else data).to_csv(index=False, lineterminator="\n")
+    contents = {"csv": values, "md": f"{in_markdown(caption)}\n\n{markdown(frame)}", "tex": latex(frame, caption)}
+    save("tables", name, profile, {kind: text.encode() for kind, text in contents.items()}, records)
     if frame.shape[1] < min(2, whole.shape[1]):
         display(Markdown(f"**Not run:** {in_markdown(caption)}"))
         return
@@ -286,50 +260,44 @@ def in_markdown(value, special=r"[\\`*_<|~$]"):
 
 def latex(frame, caption):
     """A data frame as a LaTeX table, for a document with the package booktabs and T1 fonts."""
-    caption = in_markdown(caption, "[&%$#_{}]")
-    style = escaped(frame, "latex-math")
-    return style.to_latex(caption=caption, position_float="centering", hrules=True, multicol_align="c")
+    options = dict(caption=in_markdown(caption, "[&%$#_{}]"), position_float="centering", multicol_align="c")
+    return escaped(frame, "latex-math").to_latex(**options, hrules=True)
 
 
 def escaped(frame, language):
     """The style of a data frame without its index; every character of cells and headers stands for itself."""
-    style = frame.style.hide(axis="index").format(escape=language)
-    return style.format_index(escape=language, axis="columns")
+    return frame.style.hide(axis="index").format(escape=language).format_index(escape=language, axis="columns")
 
 
 def table_page(name, profile, grid, records):
     """Show "table1", "table2" or "table3" beside the paper's, data set by data set, and the gains in top-1 over IND."""
     methods = [method for method in LABELS if method != "ind" and method in {run.method for run in grid}]
+    alt = "Gain in top-1 accuracy over independent training for every network row, beside the paper's"
     for dataset in dict.fromkeys(run.dataset for run in grid):
         own = [run for run in grid if run.dataset == dataset]
         done = {run: records[run] for run in own if run in records}
         parts, suffix = {"a": ("top1", "top5"), "b": ("best", "nll")}, ""
         if name == "table3":
-            suffix = f"_{dataset}"
-            parts = {suffix: ("top1", "top2" if data.dataset(dataset).classes == 10 else "top5")}
-        metrics = [metric for part in parts.values() for metric in part]
-        rows, where = tables.over_seeds(tables.cells(own, done, metrics, name)), tables.title(profile, dataset)
+            parts, suffix = {"": ("top1", "top2" if data.dataset(dataset).classes == 10 else "top5")}, f"_{dataset}"
+        rows = tables.over_seeds(own, done, [metric for part in parts.values() for metric in part], name)
+        where = tables.title(profile, dataset)
         over = statistics.seeds(rows["n"], "; mean ± 95% interval over ") or "; not run"
-        fig = gains(rows, methods, f"Table {name[-1]}. {where}")
-        alt = "Gain in top-1 accuracy over independent training for every network row, beside the paper's"
-        show(fig, f"{name}{suffix}_gains", profile, alt, done, thumb=0)
+        show(gains(rows, methods, f"Table {name[-1]}. {where}"), f"{name}{suffix}_gains", profile, alt, done, thumb=0)
         for part, shown in parts.items():
             frame = tables.comparison(rows, shown, learned=80 if profile == "quick" else 0)
-            caption = f"Table {name[-1]}{part if not suffix else ''}. {where}; {tables.unit(shown)}{over}."
-            show_table(frame, f"{name}{part}", profile, caption, rows[rows["metric"].isin(shown)], done)
+            units = ", ".join(f"{tables.METRICS[m]} in {'nats' if m == 'nll' else 'percent'}" for m in shown)
+            caption = f"Table {name[-1]}{part}. {where}; {units}{over}."
+            show_table(frame, f"{name}{part}{suffix}", profile, caption, rows[rows["metric"].isin(shown)], done)
 
 
 def panels(names, columns, title):
-    """A figure of means with their intervals, in panels that have the same rows; those without any are left out.
-
-    columns: label of a panel -> [(mean, half-width) of each row].
-    """
-    columns = {label: np.array(values, float).reshape(-1, 2) for label, values in columns.items()}
-    drawn = np.isfinite([values[:, 0] for values in columns.values()]).any(axis=0)
+    """A figure of panels with the same rows, means with their intervals; rows without any are left out. columns: label
+    of a panel -> [(mean, half-width) of each row]."""
+    values = np.array(list(columns.values()), float).reshape(len(columns), -1, 2)
+    drawn = np.isfinite(values[..., 0]).any(axis=0)
     names, rows = [name for name, found in zip(names, drawn) if found], -(-len(columns) // 2)
     fig, axes = plt.subplots(rows, 2, figsize=(10.4, rows * (1.1 + 0.3 * len(names))), squeeze=False)
-    for ax, (label, values) in zip(axes.flat, columns.items()):
-        means, half_widths = values[drawn].T
+    for ax, label, (means, half_widths) in zip(axes.flat, columns, values[:, drawn].transpose(0, 2, 1)):
         style = dict(fmt="o", color=COLOURS["sila"], capsize=2)
         intervals(ax, names, [(range(len(names)), means, half_widths, style)], label)
         ax.locator_params(axis="x", nbins=5)

@@ -1,8 +1,8 @@
 """The paper's printed numbers, our records as data frames beside them, and the words of captions."""
 
 import re
-from collections import Counter, defaultdict
-from dataclasses import replace
+from collections import defaultdict
+from functools import cache
 from importlib.resources import files
 
 import numpy as np
@@ -16,13 +16,12 @@ from ..models import MODELS, NAMES, count_macs, count_parameters
 from ..records import failure
 from ..training.execution import precision
 from ..training.provenance import device_kind
-from .statistics import interval, over_seeds_of, plus_minus
+from .statistics import interval, over_seeds_of, plus_minus, seeds
 
 METRICS = {"top1": "Top-1", "top2": "Top-2", "top5": "Top-5", "best": "BEST", "nll": "NLL"}
 """Metric -> the paper's column; all but NLL in percent."""
-
 COLUMNS = ["exhibit", "dataset", "pair", "method", "net", "network", "metric", "seed", "value", "run"]
-
+"""Of `measured` and `printed`: the data set's title, net 1 or 2, one value of one run."""
 HEAD = ["run", "method", "seed", "net", "network", *METRICS, "ece", "nll_scaled", "ece_scaled", "parameters", "macs"]
 HEAD += ["train_nll", "train_top1", "train_ece", "test_concentration", "train_concentration"]
 HEAD += [f"curvature_{name}" for name in ("absolute", "filter", "absolute_residual", "filter_residual")]
@@ -31,19 +30,13 @@ HEAD += [f"ensemble_{field}" for field in ("top1", "top5", "nll", "ece", "nll_sc
 
 
 def reported(table):
-    """The paper's numbers of "table1", "table2" or "table3" as a data frame; an empty cell is not printed.
-
-    "networks" gives the documented sizes of the networks.
-    """
+    """The paper's "table1", "table2" or "table3", or the documented sizes of its "networks"; NaN is not printed."""
     return pd.read_csv(files("silalib.analysis") / "reported" / f"{table}.csv")
 
 
 def measured(grid, records, metrics, exhibit=""):
-    """One row per network row, metric and seed of a table's grid: what our records hold, NaN where there is none.
-
-    IND's pair counts as two single networks of one kind, and stands under their name, as the paper's IND does.
-    Columns: exhibit, dataset (its title), pair, method, net (1 or 2), network, metric, seed, value, run.
-    """
+    """A row of COLUMNS per network row, metric and seed of a table's grid: what our records hold, NaN where there is
+    none. IND's pair counts as two single networks of one kind, and stands under their name, as the paper's IND does."""
     rows = []
     for run in grid:
         pair = "+".join(NAMES[net] for net in (run.nets if run.method != "ind" else run.nets[:1]))
@@ -68,13 +61,11 @@ def chance(run):
 
 def printed(table):
     """The paper's own numbers in the form of `measured`; its single number counts as seed 0 of no run."""
-    methods = {label: method for method, label in LABELS.items()}
-    rows = []
-    for line in reported(table).to_dict("records"):
-        pair = line["net1"] if pd.isna(line["net2"]) else f"{line['net1']}+{line['net2']}"
-        shared = [table, line["dataset"], pair, methods[line["method"]], int(line["net"][-1]), line["model"]]
-        rows += [[*shared, m, 0, line[m], None] for m in METRICS if not pd.isna(line.get(m, np.nan))]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    frame = reported(table).assign(exhibit=table, seed=0, run=None)
+    frame["method"] = frame["method"].map({label: method for method, label in LABELS.items()})
+    metrics = [metric for metric in METRICS if metric in frame]
+    rows = frame.melt(frame.columns.difference(metrics), metrics, "metric", ignore_index=False)
+    return rows.dropna(subset="value").sort_index(kind="stable")[COLUMNS]
 
 
 def in_the_paper(frame, paper):
@@ -82,13 +73,13 @@ def in_the_paper(frame, paper):
     return frame["dataset"].where(frame["dataset"].isin(paper["dataset"]), paper["dataset"].iloc[0])
 
 
-def gains(frame, method=None, over="ind"):
+def gains(frame, method=None, over="ind", table=None):
     """The rows of a method in `measured` or `printed` with their gain over another, positive when better.
 
     IND is Net_c of the same network's own pair, or its one network where it was trained alone, as in the paper; any
     other method is that of the same network of the same pair. Paired by seed; a row without a counterpart in the frame
-    is left out, and one with a missing value has the gain NaN. Adds the columns gain, run_over and net_over.
-    Without a method: all rows, where IND's own and those without a counterpart have the gain NaN.
+    is left out. Without a method: all rows. Adds the columns gain (NaN for IND's own, and where a value is missing),
+    run_over and net_over; with a table also paper and paper_gain, what the paper prints.
     """
     keys = ["exhibit", "dataset", "network", "metric", "seed", "net"] + ([] if over == "ind" else ["pair"])
     baseline = frame[frame["method"] == over].assign(net_over=lambda rows: rows["net"])
@@ -97,49 +88,41 @@ def gains(frame, method=None, over="ind"):
         baseline = pd.concat([baseline, *(first.assign(net=slot) for slot in frame["net"].unique())])
     baseline = baseline[[*keys, "value", "run", "net_over"]].drop_duplicates(keys)
     chosen, how = (frame[frame["method"] == method], "inner") if method else (frame, "left")
-    merged = chosen.merge(baseline, how, on=keys, suffixes=("", "_over"))
-    gain = (merged["value"] - merged["value_over"]).astype(float) * np.where(merged["metric"] == "nll", -1, 1)
-    return merged.assign(gain=gain.where(merged["method"] != over))
+    found = chosen.merge(baseline, how, on=keys, suffixes=("", "_over"))
+    gain = (found["value"] - found["value_over"]).astype(float) * np.where(found["metric"] == "nll", -1, 1)
+    found = found.assign(gain=gain.where(found["method"] != over))
+    if not table:
+        return found
+    paper, keys = gains(printed(table), method, over), ["beside", "pair", "method", "net", "metric"]
+    paper = paper.rename(columns={"dataset": "beside", "value": "paper", "gain": "paper_gain"})
+    found = found.assign(beside=in_the_paper(found, printed(table)))
+    return found.merge(paper[[*keys, "paper", "paper_gain"]], "left", keys)
 
 
-def cells(grid, records, metrics, table=None):
-    """`measured` with gains, and the paper's numbers beside: a row per network row, metric and seed of a table.
+def over_seeds(grid, records, metrics, table=None):
+    """The runs of a grid over seeds, a row per network row and metric: n, mean and half-width of the values, gain (over
+    IND, as in `gains`) with gain_half and gain_n, failed (where training failed, in words), paper and paper_gain.
 
-    grid: the exhibit's runs. records: dict run -> Record of those that are finished. Adds the columns gain over IND of
-    the same network, data set, seed and net (positive is better) with run_over and net_over, failed (where training
-    failed, in words), paper and paper_gain. Methods are spelled as in the paper; a stand-in has the paper's first data
-    set beside it. Net2 of IND's pair is a baseline and no row.
+    records: dict run -> Record of those that are finished. table: whose numbers stand beside; a stand-in has those of
+    the paper's first data set. Methods are spelled as in the paper. Net2 of IND's pair is a baseline and no row.
     """
-    frame = gains(measured(grid, records, metrics))
+    frame = gains(measured(grid, records, metrics), table=table)
     frame = frame[(frame["method"] != "ind") | (frame["net"] == 1)]
-    if table:
-        keys, paper = ["beside", "pair", "method", "net", "metric"], printed(table)
-        numbers = gains(paper).rename(columns={"dataset": "beside", "value": "paper", "gain": "paper_gain"})
-        frame = frame.assign(beside=in_the_paper(frame, paper))
-        frame = frame.merge(numbers[[*keys, "paper", "paper_gain"]], "left", keys)
-    else:
-        frame = frame.assign(paper=np.nan, paper_gain=np.nan)
-    failed = {run: "" if run in records else failed_at(run) for run in grid}
-    return frame.assign(method=frame["method"].map(LABELS), failed=frame["run"].map(failed))
+    keys, rows = ["dataset", "pair", "method", "net", "network", "metric"], []
+    for key, group in frame.groupby(keys, sort=False):
+        values, gained = group["value"].dropna(), group["gain"].dropna()
+        failed = "; ".join(failed_at(run) for run in group["run"] if run not in records and failure(run))
+        paper = [group[name].iloc[0] if table else np.nan for name in ("paper", "paper_gain")]
+        rows.append([*key, len(values), *interval(values), *interval(gained), len(gained), failed, *paper])
+    counted = ["n", "mean", "half", "gain", "gain_half", "gain_n", "failed", "paper", "paper_gain"]
+    return pd.DataFrame(rows, columns=[*keys, *counted]).replace({"method": LABELS})
 
 
 def failed_at(run):
-    """Of a run that has failed, where: "seed 0 failed: epoch 2, step 12, lr 0.1"; of any other ""."""
-    if not (found := failure(run)):
-        return ""
+    """Of a run that has failed, where: "seed 0 failed: epoch 2, step 12, lr 0.1"."""
+    found = failure(run)
     place = f": epoch {found['epoch']}, step {found['step']}, lr {found['lr']:g}" if "lr" in found else ""
     return f"seed {run.seed} failed{place}"
-
-
-def over_seeds(frame):
-    """`cells` summarised over seeds: mean and half-width of value and gain, n of each, and the paper's numbers."""
-    keys, rows = ["dataset", "pair", "method", "net", "network", "metric"], []
-    for key, group in frame.groupby(keys, sort=False):
-        values, gains = group["value"].dropna(), group["gain"].dropna()
-        row = [*key, len(values), *interval(values), *interval(gains), len(gains)]
-        rows.append([*row, "; ".join(filter(None, group["failed"].unique())), *group[["paper", "paper_gain"]].iloc[0]])
-    counted = ["n", "mean", "half", "gain", "gain_half", "gain_n", "failed", "paper", "paper_gain"]
-    return pd.DataFrame(rows, columns=[*keys, *counted])
 
 
 def comparison(summary, metrics, learned=0.0):
@@ -152,16 +135,15 @@ def comparison(summary, metrics, learned=0.0):
     top1 = summary[(summary["method"] == ind) & (summary["metric"] == "top1")].set_index("network")["mean"]
     chosen = summary[summary["metric"].isin(metrics)]
     for (pair, method, net, network), group in chosen.groupby(["pair", "method", "net", "network"], sort=False):
-        reason = group["failed"].iloc[0]
-        notes = ["(did not learn)"] if network in top1[top1 < learned] else []
-        notes += [f"({reason})"] if reason else []
-        net_of = [] if method == ind else [f"Net{net}"]
-        row = {("", "network"): " ".join([" · ".join([short(pair), method, *net_of]), *notes])}
+        failed = group["failed"].iloc[0]
+        notes = ["(did not learn)"] * (network in top1[top1 < learned]) + [f"({failed})"] * bool(failed)
+        name = " · ".join([short(pair), method] + [f"Net{net}"] * (method != ind))
+        row = {("", "network"): " ".join([name, *notes])}
         for metric, cell in group.set_index("metric").loc[list(metrics)].iterrows():
             title = METRICS[metric]
             row[title, "gain"] = plus_minus(cell["gain"], cell["gain_half"], signed=True)
             row[title, "paper's gain"] = plus_minus(cell["paper_gain"], np.nan, signed=True)
-            row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or ("failed" if reason else "not run")
+            row[title, "ours"] = plus_minus(cell["mean"], cell["half"]) or ("failed" if failed else "not run")
             row[title, "paper"] = plus_minus(cell["paper"], np.nan) or "-"
         rows.append(row)
     frame = pd.DataFrame(rows)
@@ -192,17 +174,33 @@ def heads(grid, records):
     return frame.reindex(columns=list(dict.fromkeys([*HEAD, *frame.columns])))
 
 
-def difference(own, baseline, column, net=None):
-    """(mean, half-width) over seeds of a column in one part of `heads` minus that in another, paired by seed and net.
-
-    net: that network alone, else the mean over the networks. A baseline with a single network stands beside each.
-    Seeds that lack a value do not count.
-    """
+def difference(own, baseline, column):
+    """(mean, half-width) over seeds of a column in one part of `heads` minus that in another, paired by seed and net;
+    a baseline with a single network stands beside each. Seeds that lack a value do not count."""
     keys = ["seed", "net"] if baseline["net"].nunique() > 1 else ["seed"]
-    chosen = own[own["net"] == net] if net else own
-    both = chosen.merge(baseline[[*keys, column]], on=keys, suffixes=("", "_over"), validate="many_to_one")
-    differences = both[column] - both[f"{column}_over"]
-    return interval(differences.groupby(both["seed"]).mean(skipna=False).dropna())
+    both = own.merge(baseline[[*keys, column]], on=keys, suffixes=("", "_over"), validate="many_to_one")
+    gain = both[column] - both[f"{column}_over"]
+    return interval(gain.groupby(both["seed"]).mean(skipna=False).dropna())
+
+
+def side_by_side(parts, columns, ind=None, first="network"):
+    """A table to look at: a row for each part of `heads`, with differences to IND, then means, with 95% intervals.
+
+    parts: label -> data frame; several networks of a seed are averaged. columns: title -> (column, digits). ind: the
+    part to which differences stand beside, paired by seed and network; it has none to itself.
+    """
+    rows = []
+    for label, part in parts.items():
+        levels, row = {}, {first: label}
+        for title, (column, digits) in columns.items():
+            values = [group.mean(skipna=False) for _, group in part.groupby("seed")[column]]
+            levels[title] = over_seeds_of([None if np.isnan(value) else value for value in values], digits)
+            if ind is not None:
+                apart = not part["run"].isin(ind["run"]).all()
+                text = plus_minus(*difference(part, ind, column), digits, signed=True) if apart else ""
+                row[f"{title}, to IND"] = text
+        rows.append(row | levels | {"seeds": part["seed"].nunique()})
+    return pd.DataFrame(rows)
 
 
 def curves(grid, records, method, head=0, column="test_top1"):
@@ -212,22 +210,14 @@ def curves(grid, records, method, head=0, column="test_top1"):
 
 
 def exit_curves(grid, records, curve):
-    """(dataset, blocks) of each network in a grid of MSDNets -> method -> seed -> curve(record).
-
-    Every network and method of the grid is there, in its order; one without records has no seeds.
-    """
+    """(dataset, blocks) of each network in a grid of MSDNets -> method -> seed -> curve(record); every network and
+    method is there, in the grid's order, with the seeds that have a record."""
     found = {}
     for run in grid:
         seeds = found.setdefault((run.dataset, run.n_heads), {}).setdefault(run.method, {})
         if run in records:
             seeds[run.seed] = curve(records[run])
     return found
-
-
-def at_costs(curve, costs):
-    """The top-1 (percent) of a curve (a data frame with macs and top1) at other costs, interpolated linearly."""
-    ordered = curve.sort_values("macs")
-    return np.interp(costs, ordered["macs"], ordered["top1"])
 
 
 def shared_costs(curves, points=50):
@@ -240,51 +230,48 @@ def shared_costs(curves, points=50):
 def gains_at_equal_costs(curves, baselines, points=50):
     """The gains in top-1 (points) of curves over others at `shared_costs`, paired by seed; shape (seeds, points).
 
-    Shape (0, points) without curves, or without a cost that all reach.
+    A curve is a data frame with macs and top1, interpolated linearly. (0, points) without any, or without shared costs.
     """
     costs = shared_costs([*curves, *baselines], points)
-    if not len(costs):
-        return np.empty((0, points))
-    return np.array([at_costs(curve, costs) - at_costs(other, costs) for curve, other in zip(curves, baselines)])
+    top1 = lambda curve: np.interp(costs, *curve.sort_values("macs")[["macs", "top1"]].to_numpy(float).T)
+    pairs = zip(curves, baselines) if len(costs) else ()
+    return np.array([top1(curve) - top1(other) for curve, other in pairs]).reshape(-1, points)
 
 
 def exit_networks(grid, records, learned=0.0):
     """A table to look at of the MSDNets of a grid: what each is trained on, its size, its records, its last exit.
-
-    learned: a network whose last exit of IND stays under this top-1 is marked 'did not learn'.
-    """
+    learned: a network whose last exit of IND stays under this top-1 is marked 'did not learn'."""
     rows = []
     for (dataset, blocks), methods in exit_curves(grid, records, lambda record: record.heads).items():
         first, *_ = runs = [run for run in grid if (run.dataset, run.n_heads) == (dataset, blocks)]
         done = [heads for found in methods.values() for heads in found.values()]
         last = [heads[-1]["top1"] for heads in methods.get("ind", {}).values()]
-        row = {"data": data.dataset(dataset).title, "blocks": blocks}
-        row["parameters, both methods"] = " and ".join(f"{n:,}" for n in {heads[0]["parameters"] for heads in done})
-        row |= {"training images": training_images(first), "held out": first.holdout, "epochs": first.epochs}
-        row |= {"width": f"{first.width:g}", "runs with a record": f"{len(done)} of {len(runs)}"}
         weak = " (did not learn)" if last and np.mean(last) < learned else ""
-        rows.append(row | {"last exit of IND, top-1 (%)": plus_minus(*interval(last)) + weak or "not run"})
+        rows.append({
+            "data": data.dataset(dataset).title, "blocks": blocks,
+            "parameters, both methods": " and ".join(f"{n:,}" for n in {heads[0]["parameters"] for heads in done}),
+            "training images": training_images(first), "held out": first.holdout, "epochs": first.epochs,
+            "width": f"{first.width:g}", "runs with a record": f"{len(done)} of {len(runs)}",
+            "last exit of IND, top-1 (%)": plus_minus(*interval(last)) + weak or "not run",
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def networks():
-    """Every network's parameters and forward MACs at its input size, counted, beside the documented figures.
-
-    A data frame of text; an empty cell is a figure that is not documented.
-    """
-    known = reported("networks").fillna("")
-    images = list(zip(known["channels"], known["size"], known["size"]))
-    with torch.device("meta"):
-        settings = zip(known["network"], known["classes"], known["channels"], known["width"], known["stem"])
-        built = [MODELS[name](*arguments) for name, *arguments in settings]
-    columns = {name: known[name] for name in ("network", "stem", "width", "classes")}
-    columns |= {"network": known["network"].map(NAMES), "width": known["width"].map("{:g}".format)}
-    columns["input"] = ["x".join(map(str, image)) for image in images]
-    columns["parameters"] = [f"{count_parameters(network):,}" for network in built]
-    columns["documented parameters"] = known["parameters"]
-    columns["million MACs"] = [f"{count_macs(*each) / 1e6:,.1f}" for each in zip(built, images)]
-    columns["documented million MACs"] = known["million_macs"]
-    return pd.DataFrame(columns)
+    """Every network's parameters and forward MACs at its input size, counted, beside the documented ones, as text."""
+    rows = []
+    for known in reported("networks").fillna("").to_dict("records"):
+        image = known["channels"], known["size"], known["size"]
+        with torch.device("meta"):
+            network = MODELS[known["network"]](*(known[name] for name in ("classes", "channels", "width", "stem")))
+        rows.append({
+            "network": NAMES[known["network"]], "stem": known["stem"], "width": f"{known['width']:g}",
+            "classes": known["classes"], "input": "x".join(map(str, image)),
+            "parameters": f"{count_parameters(network):,}", "documented parameters": known["parameters"],
+            "million MACs": f"{count_macs(network, image) / 1e6:,.1f}",
+            "documented million MACs": known["million_macs"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def mixed(records):
@@ -301,24 +288,27 @@ def mixed(records):
     return "; ".join(f"{group} ({' and '.join(sorted(found))})" for group, found in unlike.items() if len(found) > 1)
 
 
-def not_run(grid, records):
-    """A line of Markdown for each data set with runs that have no record: how many, and how to get them; or ""."""
-    lines = []
-    for name, missing in Counter(run.dataset for run in grid if run not in records).items():
-        how = "they are not trained yet"
-        if not data.is_available(name):
-            how = "its data are not here, they are downloaded by training"
-            if data.dataset(name).prepared:
-                how = f"its data are not here: `python -m silalib data {name} --from DIR` prepares them from your own"
-                how += " copy, see `data/README.md`"
-        planned = [run for run in grid if run.dataset == name]
-        lines.append(f"**Not run:** {missing} of {len(planned)} runs on {data.dataset(name).title}; {how}.\n")
-        if failed := [run for run in planned if run not in records and failure(run)]:
-            lost = (
-                "with a loss that is not finite counts with the top-1 of chance in what is judged, and is left out here"
-            )
-            lines.append(f"Of these failed: {', '.join(map(failed_at, failed))}. One {lost}.\n")
-    return "\n".join(lines)
+def what_runs(profile, grid, records):
+    """Markdown: how many runs of a page have a record, on which data, seeds and schedules; for each data set how many
+    are not run, how to get them, and which failed."""
+    sets = []
+    for name in dict.fromkeys(run.dataset for run in grid):
+        runs = [run for run in grid if run.dataset == name]
+        left = [run for run in runs if run not in records]
+        lost = [failed_at(run) for run in left if failure(run)]
+        schedules = dict.fromkeys(map(schedule, runs))
+        more = dict(of=data.dataset(name), here=data.is_available(name), schedules=schedules)
+        sets.append(dict(name=name, runs=runs, left=left, failed=lost, **more))
+    return words().what_runs(profile, grid, records, sets).rstrip()
+
+
+@cache
+def words():
+    """The macros of words.md.j2."""
+    from jinja2 import Template
+
+    text = (files("silalib.analysis") / "words.md.j2").read_text(encoding="utf-8")
+    return Template(text, trim_blocks=True, lstrip_blocks=True).make_module(dict(seeds=seeds, title=title))
 
 
 def training_images(run):
@@ -337,56 +327,6 @@ def title(profile, dataset):
     return f"{data.dataset(dataset).title}, profile {profile}{stand_in}"
 
 
-def unit(metrics):
-    """The units of some metrics, for a caption."""
-    return ", ".join(f"{METRICS[m]} in {'nats' if m == 'nll' else 'percent'}" for m in metrics)
-
-
 def scale(profile):
-    """A sentence about how far a profile is from the paper's schedule; "" for the paper's own."""
-    if profile == "paper":
-        return ""
-    ours, papers = (schedule(table1(p)[0]) for p in (profile, "paper"))
-    return f"Profile {profile} is smaller than the paper: Table 1, for one, is {ours}; in the paper {papers}."
-
-
-def stand_in(profile):
-    """Disclaimer of the quick profile; "" for any other."""
-    disclaimer = "These are stand-in data and tiny networks: they show that every part works and judge nothing"
-    return f"\n{disclaimer} in the paper." if profile == "quick" else ""
-
-
-def what_runs(profile, grid, records):
-    """Markdown: how many runs of a page have a record, on which data, seeds and schedules, and what is not run."""
-    lines = [f"{len(records)} of {len(grid)} runs have a record."]
-    for name in dict.fromkeys(run.dataset for run in grid):
-        runs = [run for run in grid if run.dataset == name]
-        planned = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
-        lines.append(f"{title(profile, name)}; seeds {planned}; {'; '.join(dict.fromkeys(map(schedule, runs)))}.")
-    return "\n\n".join([" ".join(lines), stand_in(profile), not_run(grid, records)])
-
-
-def of_exhibit(claim, exhibit):
-    """A judged claim with those of its effects that are about one exhibit, such as "Table 1"."""
-    effects = tuple(effect for effect in claim.effects if exhibit in effect.name)
-    return replace(claim, claim=f"{claim.claim} ({exhibit})", effects=effects)
-
-
-def side_by_side(parts, columns, over=None, first="network"):
-    """A table to look at: a row for each part of `heads`, with differences, then means, with 95% intervals over seeds.
-
-    parts: label -> data frame; several networks of a seed are averaged. columns: title -> (column, digits). over:
-    name -> the part to which differences stand beside, paired by seed and network; it has none to itself.
-    """
-    rows = []
-    for label, part in parts.items():
-        levels, row = {}, {first: label}
-        for title, (column, digits) in columns.items():
-            values = [group.mean(skipna=False) for _, group in part.groupby("seed")[column]]
-            levels[title] = over_seeds_of([None if np.isnan(value) else value for value in values], digits)
-            for name, baseline in (over or {}).items():
-                apart = not part["run"].isin(baseline["run"]).all()
-                text = plus_minus(*difference(part, baseline, column), digits, signed=True) if apart else ""
-                row[f"{title}, to {name}"] = text
-        rows.append(row | levels | {"seeds": part["seed"].nunique()})
-    return pd.DataFrame(rows)
+    """How far a profile is from the paper's schedule, and that `quick` is a stand-in; "" for the paper's own."""
+    return words().scale(profile, *(schedule(table1(name)[0]) for name in (profile, "paper")))
