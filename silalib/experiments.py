@@ -266,7 +266,7 @@ EXHIBITS = {
 
 
 def tiers(profile):
-    """Every planned run of a profile -> its tier. `small` has three: 1 and 2 are what is judged; others have one."""
+    """Every planned run of a profile -> its tier. `small` has three: 1 and 2 hold what is judged; others have one."""
     found = {}
     for name, exhibit in EXHIBITS.items():
         for run in exhibit.grid(profile):
