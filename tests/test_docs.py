@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from inspect import ismodule
 from itertools import pairwise
 
 import pytest
@@ -163,6 +164,9 @@ def test_the_data_card_is_what_the_code_says():
     assert table("data_card.md", "name | sha256") == fixed
 
 
+MODULES = [found.name for found in pkgutil.walk_packages(silalib.__path__, "silalib.")]
+SUFFIXES = ("py", "json", "csv", "toml", "svg", "md", "ipynb")
+
 PAGES = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "data" / "README.md", *ROOT.glob("notebooks/*.ipynb")]
 
 
@@ -179,7 +183,20 @@ def test_what_a_page_names_is_there(path):
     for line in lines:
         module, names = line.removeprefix("from ").split(" import ")
         for name in re.split(r",\s*", names.strip()):
-            assert pkgutil.resolve_name(f"{module}.{name}"), line
+            found = pkgutil.resolve_name(f"{module}.{name}")
+            if ismodule(found):
+                assert [each for each in re.findall(rf"\b{name}\.(\w+)", text) if not in_one_of([found], each)] == [], (
+                    line
+                )
+    for room, name in re.findall(r"`(\w+)\.(\w+)[`(]", text):
+        found = [pkgutil.resolve_name(full) for full in MODULES if full.endswith(f".{room}")]
+        assert not found or in_one_of(found, name), f"{room}.{name}"
+
+
+def in_one_of(modules, name):
+    """Whether a module has such a name or a module below it, or the name is that of a kind of file."""
+    below = {f"{module.__name__}.{name}" for module in modules}
+    return below & set(MODULES) or name in SUFFIXES or any(hasattr(module, name) for module in modules)
 
 
 def test_the_architecture_shows_the_rooms_that_are_there():
