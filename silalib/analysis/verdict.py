@@ -124,7 +124,7 @@ class Effect:
         if self.verdict == "negligible" and self.mean > self.half_width:
             notes.append("but above zero")
         if self.delta and self.paper < self.delta:
-            notes.append(f"the paper's own gain, {self.paper:+.{self.digits}f}, is below {self.delta:.{self.digits}f}")
+            notes.append(f"the paper's own gain, {self.papers}, is below {self.delta:.{self.digits}f}")
         if self.extended:
             notes.append("extended to twice the seeds, at 99%")
         return "; ".join(notes)
@@ -136,22 +136,15 @@ class Effect:
             return "shown, judges nothing" if self.runs else "not run"
         return f"{self.verdict} ({self.remark})" if self.remark else self.verdict
 
-    digits = property(lambda self: 3 if self.unit in ("log ratio", "nats") else 2)
-
     @property
     def number(self):
         """The mean with its interval; "" without records."""
         return f"{self.total - self.wins}" if self.exact else plus_minus(self.mean, self.half_width, self.digits, True)
 
-    @property
-    def over_images(self):
-        """The mean with its interval over test images; "" where there are no per-image data."""
-        return plus_minus(*self.images, self.digits, signed=True) if self.images else ""
-
-    @property
-    def cells(self):
-        """The count of signs: "3 of 4"; "" without any."""
-        return f"{self.wins} of {self.total}{self.counted}" if self.total else ""
+    digits = property(lambda self: 3 if self.unit in ("log ratio", "nats") else 2)
+    papers = property(lambda self: plus_minus(self.paper, np.nan, self.digits, signed=True) or "-")
+    over_images = property(lambda self: plus_minus(*self.images, self.digits, signed=True) if self.images else "")
+    cells = property(lambda self: f"{self.wins} of {self.total}{self.counted}" if self.total else "")
 
     def __str__(self):
         """The mean with its interval and unit; "" without records."""
@@ -210,56 +203,51 @@ def paired(name, unit, pairs, plan=None, records=None, metric=None, **more):
     """
     pairs, plan, records = list(pairs), plan or {}, records or {}
     planned = max((plan.get(replace(pair.run, seed=0), 0) for pair in pairs if pair.run), default=0) or 1
-    cells, by_seed = {pair.cell for pair in pairs}, defaultdict(list)
+    cells, by_seed, by_cell = {pair.cell for pair in pairs}, defaultdict(list), defaultdict(list)
     for pair in pairs:
         if np.isfinite(pair.gain) or pair.why:
             by_seed[pair.seed].append(pair)
-    whole = {seed: group for seed, group in by_seed.items() if {pair.cell for pair in group} == cells}
-    lost = {s: "; ".join(dict.fromkeys(p.why for p in group if p.why)) for s, group in whole.items()}
-    found = Effect(
-        name,
-        unit,
-        {int(seed): float(np.mean([pair.gain for pair in whole[seed]])) for seed in sorted(whole) if not lost[seed]},
-        planned,
-        lost={seed: why for seed, why in lost.items() if why},
-        begun=bool(pairs) and all(any(p[side] in records for p in pairs) for side in (3, 4)),  # of both sides
-        awaited=tuple({run for p in pairs if p.seed < planned for run in p[3:5] if run and run not in records}),
-    )
-    judging = found.seeds_that_judge
-    used = [pair for seed in judging for pair in whole.get(seed, ()) if seed in found.gains]
-    signs = defaultdict(list)
+    whole = {int(seed): group for seed, group in sorted(by_seed.items()) if {pair.cell for pair in group} == cells}
+    lost = {seed: "; ".join(dict.fromkeys(p.why for p in group if p.why)) for seed, group in whole.items()}
+    gains = {seed: float(np.mean([p.gain for p in group])) for seed, group in whole.items() if not lost[seed]}
+    found = Effect(name, unit, gains, planned, lost={seed: why for seed, why in lost.items() if why})
+    used = [pair for seed in found.seeds_that_judge if seed in gains for pair in whole[seed]]
     for pair in pairs:
-        if pair.seed in judging and np.isfinite(pair.gain):
-            signs[pair.cell].append(pair.gain)
+        if pair.seed in found.seeds_that_judge and np.isfinite(pair.gain):
+            by_cell[pair.cell].append(pair.gain)
+    own, over = {pair.run for pair in pairs}, {pair.run_over for pair in pairs}
     measured = dict(
-        wins=sum(np.mean(gains) > 0 for gains in signs.values()),
-        total=len(signs),
+        begun=bool(records.keys() & own and records.keys() & over),
+        awaited=tuple(run for run in own | over if run and run.seed < planned and run not in records),
+        wins=sum(np.mean(gains) > 0 for gains in by_cell.values()),
+        total=len(by_cell),
         images=over_images(used, records, metric) if used and metric else None,
-        runs=tuple(dict.fromkeys(run for pair in used for run in (pair.run, pair.run_over) if run is not None)),
+        runs=tuple(dict.fromkeys(run for p in used for run in (p.run, p.run_over) if run)),
     )
     return replace(found, **measured | more)
 
 
 def over_images(pairs, records, metric):
-    """(mean, half-width) of a paired gain with its 95% interval over test images, the networks taken as they are.
+    """(mean, half-width) of a paired gain with its 95% interval over test images, the networks taken as they are: in
+    percent right, or nats of the truth's log-probability.
 
     None where the metric is not kept per image. Several data sets are averaged by their number of pairs.
     """
+
+    def per_image(run, head):
+        test = records[run].test
+        if metric == "top1":
+            return 100.0 * (test[f"predicted_{head}"] == test["labels"])
+        field, scale = {"top5": ("top5", 100.0), "nll": ("log_probability", 1.0)}[metric]
+        return scale * test[f"{field}_{head}"].astype(float)
+
     differences = defaultdict(list)
     try:
         for pair in pairs:
-            own = per_image(records[pair.run], pair.head, metric)
-            differences[pair.run.dataset].append(own - per_image(records[pair.run_over], pair.head_over, metric))
+            gain = per_image(pair.run, pair.head) - per_image(pair.run_over, pair.head_over)
+            differences[pair.run.dataset].append(gain)
     except (UserError, KeyError):
         return None
     parts = [(len(group) / len(pairs), np.mean(group, axis=0)) for group in differences.values()]
     deviation = sum((share * sem(images)) ** 2 for share, images in parts) ** 0.5
     return sum(share * images.mean() for share, images in parts), 1.96 * deviation
-
-
-def per_image(record, head, metric):
-    """A metric of each test image, larger is better: percent right, or log-probability of the truth in nats."""
-    if metric == "top1":
-        return 100.0 * (record.test[f"predicted_{head}"] == record.test["labels"])
-    field, scale = {"top5": ("top5", 100.0), "nll": ("log_probability", 1.0)}[metric]
-    return scale * record.test[f"{field}_{head}"].astype(float)
