@@ -30,7 +30,8 @@ def build(
     report = Report(profile, seeds, folder, exhibits)
     executed = report.folder.with_name("notebooks")
     made_of = {stem: inputs(report, stem, train) for stem in stems or report.notebooks}
-    changed = [stem for stem in made_of if not unchanged(report, stem, made_of[stem])]
+    card = lambda stem: read_card(report.folder / f"{stem}.html") if (executed / f"{stem}.ipynb").exists() else {}
+    changed = [stem for stem in made_of if card(stem).get("inputs") != made_of[stem]]
     if changed:
         report.write_index()
         executed.mkdir(exist_ok=True)
@@ -79,14 +80,6 @@ def runs_of(report, stem):
     """The runs that a page shows: those of its exhibits, or of all."""
     names = report.notebooks[stem][1] or report.exhibits
     return list(dict.fromkeys(chain(*(report.exhibits[name].grid(report.profile, report.seeds) for name in names))))
-
-
-def unchanged(report, stem, made_of):
-    try:
-        card = read_card(report.folder / f"{stem}.html")
-    except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged
-        return False
-    return card.get("inputs") == made_of and report.folder.with_name("notebooks").joinpath(f"{stem}.ipynb").exists()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..data import dataset
 from ..experiments import EXHIBITS, PROFILES, check_profile
 from ..launch.ensure import ensure
 from ..launch.progress import duration
-from .notebooks import FOLDER, PageFailed, contents
+from .notebooks import CONTENTS, FOLDER, PageFailed, contents
 
 EXTERNAL = (
     r"""<[^>]*\s(?:src|srcset|poster)=(?!["']?data:)[^>]*>|<(?:script|link|object|iframe|embed|base|form)\b"""
@@ -27,8 +27,6 @@ EXTERNAL = (
     r"""|<(?:image|use)\s[^>]*href=(?!["']?(?:data:|#))|<style[^<]*(?:@import|url\()|<[^>]*\sstyle=[^>]*url\((?!#)"""
 )
 """What a cell must not show: a resource to fetch, or a script."""
-
-TABLE = r"(?:<style[^>]*>[^<]*</style>\s*)?<table.*?</table>"
 
 
 class Report:
@@ -48,16 +46,12 @@ class Report:
         body = template("cells").render(cells=notebook.cells, report=self, stem=stem, markdown=markdown_converter(self))
         if found := re.search(EXTERNAL, body):
             raise PageFailed(f"{stem}.ipynb shows something from outside of the page: {found[0][:80]}")
-        heading, end, rest = re.sub(TABLE, with_roles, body, flags=re.DOTALL).rpartition("</h1>")
+        heading, end, rest = with_roles(body).rpartition("</h1>")
         facts, counts = self.provenance(stem)
-        parts = dict(heading=heading + end, facts=facts, body=rest, links=self.links(stem))
+        beside = {"notebook": self.source / f"{stem}.ipynb"}
+        beside |= {f"profile {p}": files.results_folder(p) / "report" / f"{stem}.html" for p in PROFILES}
+        parts = dict(heading=heading + end, facts=facts, body=rest, beside=beside)
         return self.page(stem, "done", counts | {"inputs": inputs}, **parts)
-
-    def links(self, stem):
-        """What lies beside a page, as (words, address): its notebook, and the same page of other profiles."""
-        others = [(f"profile {p}", files.results_folder(p) / "report" / f"{stem}.html") for p in PROFILES]
-        beside = [("notebook", self.source / f"{stem}.ipynb"), *others]
-        return [(words, self.address(path)) for words, path in beside if path.exists() and path.parent != self.folder]
 
     def address(self, path):
         """A path as seen from the pages."""
@@ -77,19 +71,16 @@ class Report:
         cards = []
         for stem, (title, _) in self.notebooks.items():
             path = self.folder / f"{stem}.html"
-            try:
-                card = read_card(path)
-            except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged
+            card = read_card(path)
+            if not card:
                 files.write_atomically(path, self.page(stem, "not built").encode())
-                card = read_card(path)
-            cards.append({"stem": stem, "title": title, **card})
+            cards.append({"stem": stem, "title": title, "state": "not built", **card})
         judged = {claim.name: claim for claim in claims.judge(self.profile, self.seeds)}
-        results = {stem: result(judged[name], part) for stem, (name, part) in RESULTS.items()}
+        results = {stem: result(judged[name], part) for stem, (name, part) in CONTENTS["results"].items()}
         kept, words = recall(), dict(score=claims.score(judged.values()), scale=tables.scale(self.profile))
-        answer = markdown_converter(self)(kept["markdown"], foreign=True)
-        answer = re.sub(TABLE, with_roles, answer, flags=re.DOTALL)
-        whole = dict(answer=answer, picture=kept["picture"], cards=cards, results=results)
-        index = template("index").render(report=self, **whole, **words)
+        answer = with_roles(markdown_converter(self)(kept["markdown"], foreign=True))
+        parts = dict(answer=answer, picture=kept["picture"], cards=cards, results=results)
+        index = template("index").render(report=self, **parts, **words)
         files.write_atomically(self.folder / "index.html", index.encode())
 
     def provenance(self, stem):
@@ -132,15 +123,6 @@ CARD |= dict.fromkeys(("runs?", "missing?", "damaged?", "trained?"), files.is_nu
 """The form of what a page's head says of it."""
 
 
-RESULTS = {
-    "00_siamese_labels": ("8", ""), "01_table1_cifar100": ("1", "Table 1"), "02_table2_imagenet100": ("1", "Table 2"),
-    "03_table3_autoaugment": ("3", ""), "04_fig3_training_curves": ("4", ""), "06_fig5_anytime": ("5", "Figure 5"),
-    "05_fig4_budgeted_batch": ("5", "Figure 4"), "07_fig6_mnist_features": ("6", ""), "08_fig7_robustness": ("7", ""),
-    "10_equal_compute": ("A", ""), "12_calibration": ("B", ""),
-}  # fmt: skip
-"""Notebook -> the claim, and the part of its effects, whose result stands on its card."""
-
-
 def result(claim, part):
     """A card's words: the first effect's number and verdict, "+0.61 ± 0.60 points: reproduced"."""
     effect = next((effect for effect in claim.primary if part in effect.name), None)
@@ -150,11 +132,14 @@ def result(claim, part):
 
 
 def read_card(path):
-    """What the index says of a page: what is in its head, and its thumbnail."""
-    content = path.read_text(encoding="utf-8")
-    card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+    """What the index says of a page: what is in its head, and its thumbnail. Of one that is missing or damaged: {}."""
+    try:
+        content = path.read_text(encoding="utf-8")
+        card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
     if not files.fits(card, CARD):
-        raise ValueError("no card of ours")
+        return {}
     thumbnail = re.search("<template>(.*?)</template>", content, re.DOTALL)
     return {**card, "thumbnail": thumbnail[1] if thumbnail and not re.search(EXTERNAL, thumbnail[1]) else ""}
 
@@ -251,12 +236,16 @@ TABLE_ROLES = [
 """Headers of a table that pandas made: its first column, groups of columns, columns. The cells' own ids go."""
 
 
-def with_roles(table):
-    """A match of TABLE in a box that scrolls, with roles for its headers."""
-    content, caption = table[0], re.search(r"<caption>(.*?)</caption>", table[0])
-    for pattern, replacement in TABLE_ROLES:
-        content = re.sub(pattern, replacement, content)
-    content = re.sub(r"\$([^$<]+)\$", lambda found: mathml(html.unescape(found[1])), content)
-    name = caption[1] if caption else ", ".join(re.findall(r"<th[^>]*>([^<]+)</th>", content)[:3]) or "Table"
-    name = name.replace('"', "&quot;").replace("$", "")
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{content}</div>'
+def with_roles(text):
+    """HTML with each table in a box that scrolls, and with roles for the headers."""
+
+    def boxed(table):
+        content, caption = table[0], re.search(r"<caption>(.*?)</caption>", table[0])
+        for pattern, replacement in TABLE_ROLES:
+            content = re.sub(pattern, replacement, content)
+        content = re.sub(r"\$([^$<]+)\$", lambda found: mathml(html.unescape(found[1])), content)
+        name = caption[1] if caption else ", ".join(re.findall(r"<th[^>]*>([^<]+)</th>", content)[:3]) or "Table"
+        name = name.replace('"', "&quot;").replace("$", "")
+        return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{content}</div>'
+
+    return re.sub(r"(?:<style[^>]*>[^<]*</style>\s*)?<table.*?</table>", boxed, text, flags=re.DOTALL)
