@@ -3,9 +3,8 @@ records of every profile but quick, whose data are a stand-in; `paper` comes bef
 Its words are in answer.md.j2.
 """
 
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from importlib.resources import files
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,22 +26,12 @@ QUESTIONS = {
 """A reader's question -> the claim, and the beginning of the name of its effect, that answers it."""
 
 
-class Row(NamedTuple):
-    """A question with the effect that answers it, and the profile whose records say so."""
+Row = namedtuple("Row", "question profile effect")
+"""A question with the effect that answers it, and the profile whose records say so."""
 
-    question: str
-    profile: str
-    effect: Effect
-
-
-class Answer(NamedTuple):
-    """rows: one for each question. best: claim -> (profile, its verdict) by the best evidence. judged: profile ->
-    claim -> its verdict. found: profile -> `evidence.Evidence`."""
-
-    rows: list
-    best: dict
-    judged: dict
-    found: dict
+Answer = namedtuple("Answer", "rows best judged found")
+"""rows: one for each question. best: claim -> (profile, its verdict) by the best evidence. judged: profile -> claim ->
+its verdict. found: profile -> `evidence.Evidence`."""
 
 
 def collect():

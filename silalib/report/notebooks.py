@@ -47,10 +47,7 @@ def say(*lines):
 
 def execute_all(paths, parameters, stopped=None):
     """Yield (stem, future of the executed notebook) as they finish, AT_ONCE at a time. Raises Stopped after a signal,
-    or once the event `stopped` is set.
-
-    The kernels are then interrupted, which lets training write its checkpoints, and killed after ten seconds.
-    """
+    or once the event `stopped` is set; the kernels are then interrupted, and killed after ten seconds."""
     if not paths:
         return
     import papermill  # noqa: F401  once here, before two threads want it
@@ -81,9 +78,8 @@ def execute_all(paths, parameters, stopped=None):
 
 def kernel_environment(private):
     """The environment of a kernel, in which nothing of the user's own Python, IPython or matplotlib changes a page.
-
-    private: an empty folder in the place of their settings. Folders are absolute, as a kernel starts in the project's.
-    """
+    private: an empty folder in the place of their settings. Folders are absolute, as a kernel starts in the
+    project's."""
     foreign = ("PYTHON", "IPYTHON", "JUPYTER", "MPL", "MATPLOTLIB")
     search = map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     found = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}

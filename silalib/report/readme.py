@@ -7,7 +7,7 @@ every verdict, what was trained, and the main figures and tables beside the reco
 import re
 import sys
 
-from ..analysis import answer, plots, status
+from ..analysis import answer, status
 from ..analysis.statistics import seeds
 from ..errors import UserError
 from ..experiments import EXHIBITS
@@ -15,6 +15,7 @@ from ..files import ROOT, to_json, write_atomically
 from ..launch.progress import duration
 from ..records import find
 from .notebooks import CONTENTS
+from .pages import template
 
 MARKED = re.compile(r"(?<=<!-- measured -->\n).*(?=<!-- end -->)", re.DOTALL)
 PICTURE = "docs/images/answer.svg"
@@ -40,23 +41,14 @@ def collect():
 
 def render(found, root=ROOT):
     """File -> its bytes, made of profile -> `evidence.Evidence`. Raises UserError where README.md has no marks."""
-    from jinja2 import Environment, PackageLoader
-
     whole, before = answer.answer(found), (root / "README.md").read_text(encoding="utf-8")
     if not MARKED.search(before):
         raise UserError("README.md has no place between <!-- measured --> and <!-- end -->")
-    environment = Environment(
-        loader=PackageLoader("silalib.report"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["markdown"] = plots.in_markdown
-    results = environment.get_template("results.md.j2").render(
-        answer=answer.in_markdown(whole, f"../{PICTURE}"),
+    results = template("results.md").render(
+        answer=answer.in_markdown(whole, f"../{PICTURE}"), root=root, seeds=seeds,
         verdicts=[(profile, list(judged.values())) for profile, judged in whole.judged.items()],
-        trainings=trainings(found),
-        exhibits=exhibits(found),
-        root=root,
-        seeds=seeds,
-    )
+        trainings=trainings(found), exhibits=exhibits(found),
+    )  # fmt: skip
     kept = status.keep(whole)
     return {
         "README.md": MARKED.sub(lambda _: f"\n{answer.in_markdown(whole, PICTURE)}\n", before).encode(),
@@ -85,9 +77,10 @@ def trainings(found):
     """Rows of what was trained: for how long, with which seeds, on what."""
     for profile, evidence in found.items():
         first = planned(evidence)
-        for name in [name for name in EXHIBITS if name in {first[run] for run in evidence.records}]:
+        for name in EXHIBITS:
             runs = [run for run in first if first[run] == name]
-            done = [run for run in runs if run in evidence.records]
+            if not (done := [run for run in runs if run in evidence.records]):
+                continue
             origins = [evidence.records[run].result["provenance"] for run in done]
             parts = [part for origin in origins for part in origin.get("parts", [origin])]  # a run may go on elsewhere
             run, full = done[0], EXHIBITS[name].grid("paper")[0]
