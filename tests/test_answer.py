@@ -1,6 +1,7 @@
 """The answer: by the one rule, from the best evidence, in words that fit every verdict."""
 
 import json
+import re
 
 import pytest
 from test_claims import GAINS, made_up
@@ -14,8 +15,9 @@ def whole(**found):
     return answer.answer(parts)
 
 
-def alone(gains, profile="paper"):
-    return whole(**{profile: ("1", gains)}).rows[0]
+def paragraphs(found):
+    """Heading -> the text under it."""
+    return dict(re.findall(r"^\*\*(.*?)\*\* (.*)", answer.in_markdown(found), re.MULTILINE))
 
 
 @pytest.mark.parametrize(
@@ -28,22 +30,22 @@ def alone(gains, profile="paper"):
     ],
 )
 def test_a_verdict_is_said_in_a_word(verdict, word):
-    told = answer.paragraphs(whole(paper=("1", GAINS[verdict])))
+    told = paragraphs(whole(paper=("1", GAINS[verdict])))
     assert told["Does SiLa work?"].startswith(f"{word}: ")
     assert told["Does SiLa work?"].endswith(f"points, 3 seeds, profile `paper` (claim 1: {verdict}).")
 
 
 def test_too_few_seeds_and_no_record_give_no_advice():
-    told = answer.paragraphs(whole(paper=("1", GAINS["reproduced"][:2])))
+    told = paragraphs(whole(paper=("1", GAINS["reproduced"][:2])))
     assert told["Does SiLa work?"].startswith("Not decided yet: ") and "so far, 2 of 3 seeds" in told["Does SiLa work?"]
     assert told["Should I use it?"] == "Too early to say: not all planned seeds are trained."
-    told = answer.paragraphs(answer.answer({}))
+    told = paragraphs(answer.answer({}))
     assert told["Does SiLa work?"] == "Not known yet."
     assert told["Which claims hold?"].endswith("not run: 1, 2, 3, 4, 5, 6, 7; reproduced by counting: 8.")
 
 
 def test_the_advice_waits_for_equal_compute():
-    assert "Perhaps" in answer.paragraphs(whole(paper=("1", GAINS["reproduced"])))["Should I use it?"]
+    assert "Perhaps" in paragraphs(whole(paper=("1", GAINS["reproduced"])))["Should I use it?"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_the_advice_follows_equal_compute(equal, advice):
     rows = whole(paper=("1", GAINS["reproduced"])).rows
     other = whole(paper=("A", GAINS[equal])).rows
     mixed = whole(paper=("1", GAINS["reproduced"]))._replace(rows=[rows[0], other[1], *rows[2:]])
-    assert answer.paragraphs(mixed)["Should I use it?"].startswith(advice)
+    assert paragraphs(mixed)["Should I use it?"].startswith(advice)
 
 
 def test_paper_comes_before_small_and_a_verdict_before_none():

@@ -1,8 +1,8 @@
 """Which claims hold: each has effects, by claims.toml, that are taken from records and judged by `verdict.decide`.
 
-docs/protocol.md says what is judged, and what stood there before the records did. An effect is a mean over cells (networks,
-exits, costs) for each seed, signed so that positive supports the claim. What reads tables also runs on the numbers that
-the paper prints.
+docs/protocol.md says what is judged, and what of it stood there before the records did. An effect is a mean over cells
+(networks, exits, costs) for each seed, signed so that positive supports the claim. What reads tables also runs on the
+numbers that the paper prints.
 """
 
 import tomllib

@@ -19,11 +19,9 @@ TABLES = ("table1", "table2", "table3")
 
 @dataclass(frozen=True)
 class Evidence:
-    """What claims are judged by: the grids of the exhibits and the records of those runs that are finished.
-
-    diverged: the runs whose loss was not finite. plan: shape of a run (the run with seed 0) -> how many seeds the
-    profile plans of it. tables: the numbers of Tables 1 to 3, in the form of `tables.measured`.
-    """
+    """What claims are judged by: the grids of the exhibits and the records of those runs that are finished. diverged:
+    the runs whose loss was not finite. plan: shape of a run (the run with seed 0) -> how many seeds the profile plans
+    of it. tables: the numbers of Tables 1 to 3, in the form of `tables.measured`."""
 
     profile: str = "paper"
     grids: dict = field(default_factory=dict)
@@ -57,12 +55,10 @@ def evidence(grids, records, profile="paper", plan=None):
         frame = tables.measured(grids.get(table, ()), records, list(paper["metric"].unique()), table)
         shown = set(zip(paper["dataset"], paper["metric"]))  # Table 3 has another metric for each data set
         frames.append(frame.loc[[pair in shown for pair in zip(tables.in_the_paper(frame, paper), frame["metric"])]])
+    frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1])  # empty ones would change its types
     runs = {run for grid in grids.values() for run in grid}
     diverged = frozenset(run for run in runs if tables.diverged(run, records))
-    planned = Counter(replace(run, seed=0) for run in plan or runs)
-    # empty frames would change the types of columns
-    frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1])
-    return Evidence(profile, grids, records, diverged, planned, frame)
+    return Evidence(profile, grids, records, diverged, Counter(replace(run, seed=0) for run in plan or runs), frame)
 
 
 def printed():
@@ -71,10 +67,8 @@ def printed():
 
 
 def collect(profile, seeds=None, exhibits=EXHIBITS):
-    """The evidence of a profile: its records, trained before; a damaged one counts as missing.
-
-    Without seeds: those that are planned, and once more as many where they have records.
-    """
+    """The evidence of a profile: its records, trained before; a damaged one counts as missing. Without seeds: those
+    that are planned, and once more as many where they have records."""
     grids = {name: exhibit.grid(profile, seeds) for name, exhibit in exhibits.items()}
     more = {}
     for name, grid in grids.items() if seeds is None else ():
@@ -88,10 +82,6 @@ def collect(profile, seeds=None, exhibits=EXHIBITS):
     return evidence(grids, records, profile, tiers(profile))
 
 
-def of_field(name):
-    return lambda record, head: record.heads[head][name]
-
-
 def ratio(value, turned=False):
     """A value as its logarithm, so that a difference is a log ratio; turned where a smaller one supports the claim."""
 
@@ -103,12 +93,10 @@ def ratio(value, turned=False):
 
 
 def pairs(found, exhibit, method, over, value, others=None, top1=False):
-    """The `Pair`s of an exhibit's runs, ended or not: each head of a method beside the same network of another.
-
-    value(record, head): what is compared. A cell is a head of a network in a pair; IND's single network stands beside
-    both of a pair. others: seed -> the run that stands beside it, by default that of the same network. top1: what is
-    compared is an accuracy, so that a run that diverged has that of chance.
-    """
+    """The `Pair`s of an exhibit's runs, ended or not: each head of a method beside the same network of another. A cell
+    is a head of a network in a pair; IND's single network stands beside both of a pair. value(record, head): what is
+    compared. others: seed -> the run that stands beside it, by default that of the same network. top1: what is compared
+    is an accuracy, so that a run that diverged has that of chance."""
     network = lambda run, slot: (run.dataset, run.nets[slot], run.width, run.stem, run.blocks, run.holdout)
     grid = found.grids.get(exhibit, ())
     same = {(network(run, 0), run.seed): run for run in grid if run.method == over}

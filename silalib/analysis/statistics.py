@@ -37,10 +37,10 @@ def seeds(counts, before=""):
 
 
 def mcnemar(correct, baseline):
-    """Image by image against a baseline: (fixed, broken, p) with p of McNemar's exact two-sided test.
+    """Image by image against a baseline: (fixed, broken, p) with p of McNemar's exact two-sided test, 1 without either.
 
     correct, baseline: whether each network is right, shape (n,). fixed and broken count the images that only the first,
-    and only the baseline, has right. Without either, p is 1.
+    and only the baseline, has right.
     """
     correct, baseline = np.asarray(correct, bool), np.asarray(baseline, bool)
     fixed, broken = int((correct & ~baseline).sum()), int((baseline & ~correct).sum())

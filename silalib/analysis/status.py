@@ -35,10 +35,9 @@ def recall():
 
 def keep(whole):
     """What results/answer.json holds of an `answer.Answer`."""
-    from . import answer
+    from .answer import in_lines, in_markdown, picture
 
-    told = {"lines": answer.in_lines(whole), "markdown": answer.in_markdown(whole), "picture": answer.picture(whole)}
-    return {"key": key(), **told}
+    return {"key": key(), "lines": in_lines(whole), "markdown": in_markdown(whole), "picture": picture(whole)}
 
 
 def key():
@@ -93,12 +92,10 @@ def lines(profile, seeds, grids):
     last = max(tier.values())
     for number in sorted(set(tier.values())):
         mine = {run for run in states if tier.get(run, last) == number}  # what no profile plans is last
-        text = f"tier {number}: " if last > 1 else ""
-        text += f"{len(mine.intersection(done))} of {len(mine)} runs done"
-        if needed := sum(seconds.get(run, 0) for run in mine):
-            text += f", about {hours(needed)} left at this machine's speed"
-        if wanting := mine & lacking:
-            titles = sorted({data.dataset(run.dataset).title for run in wanting})
-            text += f", and {len(wanting)} that need your {', '.join(titles)}"
+        needed, lack = sum(seconds.get(run, 0) for run in mine), mine & lacking
+        titles = ", ".join(sorted({data.dataset(run.dataset).title for run in lack}))
+        text = [f"tier {number}: " * (last > 1) + f"{len(mine.intersection(done))} of {len(mine)} runs done"]
+        text += [f"about {hours(needed)} left at this machine's speed"] if needed else []
+        text += [f"and {len(lack)} that need your {titles}"] if lack else []
         if mine:
-            yield text
+            yield ", ".join(text)

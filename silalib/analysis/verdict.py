@@ -1,14 +1,12 @@
 """THE rule, and what it judges: effects, paired by cell and seed, and claims that rest on effects."""
 
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import norm, sem, t
 
 from ..errors import UserError
-from ..run import Run
 from .statistics import interval, plus_minus
 
 
@@ -34,20 +32,9 @@ def seeds_to_decide(values, delta, level=0.95):
     return n
 
 
-class Pair(NamedTuple):
-    """A head of a run beside its counterpart, for one cell and seed of a grid.
-
-    The gain is NaN before both runs have ended; where it is and they have, `why` says why there is none.
-    """
-
-    cell: object
-    seed: int
-    gain: float
-    run: Run = None
-    run_over: Run = None
-    head: int = 0
-    head_over: int = 0
-    why: str = ""
+Pair = namedtuple("Pair", "cell seed gain run run_over head head_over why", defaults=(None, None, 0, 0, ""))
+"""A head of a `Run` beside that of its counterpart, for one cell and seed of a grid. The gain is NaN before both
+runs have ended; where it is and they have, `why` says why there is none."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +42,13 @@ class Effect:
     """One comparison; positive supports the claim.
 
     gains: seed -> mean over the cells, of the seeds that have them all. planned: the number of seeds, from 0, by which
-    it is judged. delta: the smallest effect of interest, None for what is shown and judges nothing. lost: seed -> why
-    it has no gain though its runs have ended; then there is no verdict. begun: whether any record is there. wins of
+    it is judged; other seeds judge nothing, until it is extended: to twice the seeds, at 99%, the one extension that is
+    allowed. delta: the smallest effect of interest, None for what is shown and judges nothing. lost: seed -> why it has
+    no gain though its runs have ended; then there is no verdict. begun: whether both sides have a record. wins of
     total: the cells whose mean over seeds is above zero. images: (mean, half-width) of the same comparison over test
     images, or None. runs: those it rests on; awaited: those of planned seeds that are missing. paper: the paper's own
-    mean. exact: it claims equality, and is counted. counted: of what the cells are, beside the number.
+    mean. exact: it claims equality, and is counted. counted: of what the cells are, beside the number. In words, "" (or
+    "-") where there is none: number, over_images (with intervals), cells ("3 of 4"), papers.
     """
 
     name: str
@@ -78,15 +67,8 @@ class Effect:
     exact: bool = False
     counted: str = ""
 
-    @property
-    def extended(self):
-        """Whether it is judged by twice the planned seeds, at 99%: the one extension that is allowed."""
-        return self.planned > 0 and self.gains.keys() | self.lost.keys() >= set(range(2 * self.planned))
-
-    @property
-    def seeds_that_judge(self):
-        """The planned ones; seeds outside of the plan judge nothing."""
-        return range((1 + self.extended) * self.planned)
+    extended = property(lambda self: self.planned > 0 and {*self.gains, *self.lost} >= set(range(2 * self.planned)))
+    seeds_that_judge = property(lambda self: range((1 + self.extended) * self.planned))
 
     def judged(self, by_seed):
         return [by_seed[seed] for seed in self.seeds_that_judge if seed in by_seed]
@@ -94,9 +76,13 @@ class Effect:
     values = property(lambda self: self.judged(self.gains))
     seeds = property(lambda self: len(self.values))
     hindered = property(lambda self: "; ".join(dict.fromkeys(self.judged(self.lost))))
+    error = property(lambda self: 0.01 if self.extended else 0.05)
     mean = property(lambda self: interval(self.values)[0])
     half_width = property(lambda self: interval(self.values, 1 - self.error)[1])
-    error = property(lambda self: 0.01 if self.extended else 0.05)
+    digits = property(lambda self: 3 if self.unit in ("log ratio", "nats") else 2)
+    papers = property(lambda self: plus_minus(self.paper, np.nan, self.digits, signed=True) or "-")
+    over_images = property(lambda self: plus_minus(*self.images, self.digits, signed=True) if self.images else "")
+    cells = property(lambda self: f"{self.wins} of {self.total}{self.counted}" if self.total else "")
 
     def judge(self, comparisons=1):
         """The verdict in a word, or why there is none; comparisons: among so many effects any one decides a claim."""
@@ -124,7 +110,7 @@ class Effect:
         if self.verdict == "negligible" and self.mean > self.half_width:
             notes.append("but above zero")
         if self.delta and self.paper < self.delta:
-            notes.append(f"the paper's own gain, {self.paper:+.{self.digits}f}, is below {self.delta:.{self.digits}f}")
+            notes.append(f"the paper's own gain, {self.papers}, is below {self.delta:.{self.digits}f}")
         if self.extended:
             notes.append("extended to twice the seeds, at 99%")
         return "; ".join(notes)
@@ -136,22 +122,9 @@ class Effect:
             return "shown, judges nothing" if self.runs else "not run"
         return f"{self.verdict} ({self.remark})" if self.remark else self.verdict
 
-    digits = property(lambda self: 3 if self.unit in ("log ratio", "nats") else 2)
-
     @property
     def number(self):
-        """The mean with its interval; "" without records."""
         return f"{self.total - self.wins}" if self.exact else plus_minus(self.mean, self.half_width, self.digits, True)
-
-    @property
-    def over_images(self):
-        """The mean with its interval over test images; "" where there are no per-image data."""
-        return plus_minus(*self.images, self.digits, signed=True) if self.images else ""
-
-    @property
-    def cells(self):
-        """The count of signs: "3 of 4"; "" without any."""
-        return f"{self.wins} of {self.total}{self.counted}" if self.total else ""
 
     def __str__(self):
         """The mean with its interval and unit; "" without records."""
@@ -173,9 +146,7 @@ class ClaimVerdict:
         """The effects that judge it; the others are shown."""
         return [effect for effect in self.effects if effect.delta or effect.exact]
 
-    @property
-    def runs(self):
-        return tuple(dict.fromkeys(run for effect in self.effects for run in effect.runs))
+    runs = property(lambda self: tuple(dict.fromkeys(run for effect in self.effects for run in effect.runs)))
 
     @property
     def verdict(self):
@@ -203,63 +174,55 @@ class ClaimVerdict:
 
 
 def paired(name, unit, pairs, plan=None, records=None, metric=None, **more):
-    """The `Effect` of pairs: for each seed the mean over all cells; a seed that lacks one does not count.
-
-    plan: shape of a run (the run with seed 0) -> how many seeds are planned of it. With a metric, and per-image data in
-    the records, also the interval over test images. more: the other fields of `Effect`.
-    """
+    """The `Effect` of pairs: for each seed the mean over all cells; a seed that lacks one does not count. With a
+    metric, and per-image data in the records, also the interval over test images. plan: shape of a run (the run with
+    seed 0) -> how many seeds are planned of it. more: the other fields of `Effect`."""
     pairs, plan, records = list(pairs), plan or {}, records or {}
     planned = max((plan.get(replace(pair.run, seed=0), 0) for pair in pairs if pair.run), default=0) or 1
-    cells, by_seed = {pair.cell for pair in pairs}, defaultdict(list)
+    cells, by_seed, by_cell = {pair.cell for pair in pairs}, defaultdict(list), defaultdict(list)
     for pair in pairs:
         if np.isfinite(pair.gain) or pair.why:
             by_seed[pair.seed].append(pair)
-    whole = {seed: group for seed, group in by_seed.items() if {pair.cell for pair in group} == cells}
-    lost = {s: "; ".join(dict.fromkeys(p.why for p in group if p.why)) for s, group in whole.items()}
-    found = Effect(
-        name,
-        unit,
-        {int(seed): float(np.mean([pair.gain for pair in whole[seed]])) for seed in sorted(whole) if not lost[seed]},
-        planned,
-        lost={seed: why for seed, why in lost.items() if why},
-        begun=bool(pairs) and all(any(p[side] in records for p in pairs) for side in (3, 4)),  # of both sides
-        awaited=tuple({run for p in pairs if p.seed < planned for run in p[3:5] if run and run not in records}),
-    )
+    whole = {int(seed): group for seed, group in sorted(by_seed.items()) if {pair.cell for pair in group} == cells}
+    lost = {seed: "; ".join(dict.fromkeys(p.why for p in group if p.why)) for seed, group in whole.items()}
+    gains = {seed: float(np.mean([p.gain for p in group])) for seed, group in whole.items() if not lost[seed]}
+    found = Effect(name, unit, gains, planned, lost={seed: why for seed, why in lost.items() if why})
     judging = found.seeds_that_judge
-    used = [pair for seed in judging for pair in whole.get(seed, ()) if seed in found.gains]
-    signs = defaultdict(list)
+    used = [pair for seed in judging if seed in gains for pair in whole[seed]]
     for pair in pairs:
         if pair.seed in judging and np.isfinite(pair.gain):
-            signs[pair.cell].append(pair.gain)
+            by_cell[pair.cell].append(pair.gain)
+    own, over = {pair.run for pair in pairs}, {pair.run_over for pair in pairs}
     measured = dict(
-        wins=sum(np.mean(gains) > 0 for gains in signs.values()),
-        total=len(signs),
+        begun=bool(records.keys() & own and records.keys() & over),
+        awaited=tuple(run for run in own | over if run and run.seed < planned and run not in records),
+        wins=sum(np.mean(gains) > 0 for gains in by_cell.values()),
+        total=len(by_cell),
         images=over_images(used, records, metric) if used and metric else None,
-        runs=tuple(dict.fromkeys(run for pair in used for run in (pair.run, pair.run_over) if run is not None)),
+        runs=tuple(dict.fromkeys(run for p in used for run in (p.run, p.run_over) if run)),
     )
     return replace(found, **measured | more)
 
 
 def over_images(pairs, records, metric):
-    """(mean, half-width) of a paired gain with its 95% interval over test images, the networks taken as they are.
+    """(mean, half-width) of a paired gain with its 95% interval over test images, the networks taken as they are: in
+    percent right, or nats of the truth's log-probability. None where the metric is not kept per image. Several data
+    sets are averaged by their number of pairs."""
 
-    None where the metric is not kept per image. Several data sets are averaged by their number of pairs.
-    """
+    def per_image(run, head):
+        test = records[run].test
+        if metric == "top1":
+            return 100.0 * (test[f"predicted_{head}"] == test["labels"])
+        field, scale = {"top5": ("top5", 100.0), "nll": ("log_probability", 1.0)}[metric]
+        return scale * test[f"{field}_{head}"].astype(float)
+
     differences = defaultdict(list)
     try:
         for pair in pairs:
-            own = per_image(records[pair.run], pair.head, metric)
-            differences[pair.run.dataset].append(own - per_image(records[pair.run_over], pair.head_over, metric))
+            gain = per_image(pair.run, pair.head) - per_image(pair.run_over, pair.head_over)
+            differences[pair.run.dataset].append(gain)
     except (UserError, KeyError):
         return None
     parts = [(len(group) / len(pairs), np.mean(group, axis=0)) for group in differences.values()]
     deviation = sum((share * sem(images)) ** 2 for share, images in parts) ** 0.5
     return sum(share * images.mean() for share, images in parts), 1.96 * deviation
-
-
-def per_image(record, head, metric):
-    """A metric of each test image, larger is better: percent right, or log-probability of the truth in nats."""
-    if metric == "top1":
-        return 100.0 * (record.test[f"predicted_{head}"] == record.test["labels"])
-    field, scale = {"top5": ("top5", 100.0), "nll": ("log_probability", 1.0)}[metric]
-    return scale * record.test[f"{field}_{head}"].astype(float)

@@ -1,11 +1,9 @@
 """Make the report: execute the notebooks whose inputs have changed, beside the training and after it."""
 
-import hashlib
 import threading
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import chain
-from pathlib import Path
 
 from .. import data, files, records
 from ..errors import NoRoom, Stopped, UserError
@@ -21,16 +19,14 @@ def build(
     stopped=None,
 ):  # fmt: skip
     """Execute the notebooks of these stems, by default all, and render their pages and the index. A page stays as it is
-    where its notebook, records, code, libraries and parameters are those it was made of.
-
-    folder: of the notebooks; the arguments before it are their parameters. stopped: an event that ends it, instead of a
-    signal. Returns the exit status: 0, or 1 if a page failed; such a page then says so. Raises Stopped after a signal;
-    the pages that were not finished stay as they were.
-    """
+    where its notebook, records, code, libraries and parameters are those it was made of. Returns the exit status: 0, or
+    1 if a page failed; such a page then says so. Raises Stopped after a signal, or once the event `stopped` is set; the
+    pages that were not finished stay as they were. folder: of the notebooks; what is before it are their parameters."""
     report = Report(profile, seeds, folder, exhibits)
     executed = report.folder.with_name("notebooks")
     made_of = {stem: inputs(report, stem, train) for stem in stems or report.notebooks}
-    changed = [stem for stem in made_of if not unchanged(report, stem, made_of[stem])]
+    card = lambda stem: read_card(report.folder / f"{stem}.html") if (executed / f"{stem}.ipynb").exists() else {}
+    changed = [stem for stem in made_of if card(stem).get("inputs") != made_of[stem]]
     if changed:
         report.write_index()
         executed.mkdir(exist_ok=True)
@@ -60,33 +56,24 @@ def build(
 
 def inputs(report, stem, train=False):
     """A checksum of what a page is made of."""
-    digest, package = hashlib.sha256(repr((report.seeds, train)).encode()), Path(__file__).parent.parent
-    sources = [path for path in sorted(package.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
-    for path in [*filter(Path.exists, [report.source / f"{stem}.ipynb"]), *sources]:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    runs = runs_of(report, stem)
+    runs, notebook = runs_of(report, stem), report.source / f"{stem}.ipynb"
+    here = [(name, data.is_available(name)) for name in sorted({run.dataset for run in runs})]
+    content = [repr([report.seeds, train, here, [version(name) for name in LIBRARIES]]).encode()]
+    for path in [notebook, *sorted(files.PACKAGE.rglob("*"))]:
+        if path.is_file() and path.suffix != ".pyc":
+            content.append(f"{path.name}\0".encode() + path.read_bytes())
     for path in sorted(path for run in runs for folder in records.folders(run) for path in folder.glob("*.*")):
         if path.suffix not in (".pt", ".tmp"):
-            digest.update(f"{path.parent.name} {path.name} {path.stat().st_size}\0".encode())
+            content.append(f"{path.parent.name} {path.name} {path.stat().st_size}\0".encode())
         if path.name in ("result.sha256", "failed.json"):
-            digest.update(path.read_bytes())
-    here = [(name, data.is_available(name)) for name in sorted({run.dataset for run in runs})]
-    digest.update(repr([here, [version(name) for name in LIBRARIES]]).encode())
-    return digest.hexdigest()
+            content.append(path.read_bytes())
+    return files.sha256(b"".join(content))
 
 
 def runs_of(report, stem):
     """The runs that a page shows: those of its exhibits, or of all."""
     names = report.notebooks[stem][1] or report.exhibits
     return list(dict.fromkeys(chain(*(report.exhibits[name].grid(report.profile, report.seeds) for name in names))))
-
-
-def unchanged(report, stem, made_of):
-    try:
-        card = read_card(report.folder / f"{stem}.html")
-    except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged
-        return False
-    return card.get("inputs") == made_of and report.folder.with_name("notebooks").joinpath(f"{stem}.ipynb").exists()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
 
@@ -15,21 +16,17 @@ from ..launch import processes
 from ..launch.progress import duration
 
 FOLDER = NOTEBOOKS
-
+CONTENTS = tomllib.loads((PACKAGE / "report" / "contents.toml").read_text(encoding="utf-8"))
 AT_ONCE = 2  # notebooks
 
 
 def contents(exhibits):
     """Notebook -> (title, names of the exhibits whose runs it shows), in the order of the pages."""
     found = {
-        "00_siamese_labels": ("The method", [name for name in ("fig3",) if name in exhibits]),
-        "09_claims": ("Which claims hold?", []),
+        stem: (page["title"], [name for name in page["shows"] if name in exhibits])
+        for stem, page in CONTENTS["pages"].items()
+        if page["needs"] in ("", *exhibits)
     }
-    if "fig7" in exhibits:  # its runs are on two more pages
-        found |= {"11_coupling": ("The coupling, and ensembles", ["fig7"]), "12_calibration": ("Calibration", ["fig7"])}
-    if "regime" in exhibits:
-        found["13_regime_choices"] = ("The regime, and the silent choices", [])
-        found["14_your_own_network"] = ("Your own network, a demonstration", [])
     for name, exhibit in exhibits.items():
         if exhibit.notebook:
             found.setdefault(exhibit.notebook, (exhibit.title, []))[1].append(name)
@@ -50,10 +47,7 @@ def say(*lines):
 
 def execute_all(paths, parameters, stopped=None):
     """Yield (stem, future of the executed notebook) as they finish, AT_ONCE at a time. Raises Stopped after a signal,
-    or once the event `stopped` is set.
-
-    The kernels are then interrupted, which lets training write its checkpoints, and killed after ten seconds.
-    """
+    or once the event `stopped` is set; the kernels are then interrupted, and killed after ten seconds."""
     if not paths:
         return
     import papermill  # noqa: F401  once here, before two threads want it
@@ -84,34 +78,21 @@ def execute_all(paths, parameters, stopped=None):
 
 def kernel_environment(private):
     """The environment of a kernel, in which nothing of the user's own Python, IPython or matplotlib changes a page.
-
-    private: an empty folder in the place of their settings. Folders are absolute, as a kernel starts in the project's.
-    """
+    private: an empty folder in the place of their settings. Folders are absolute, as a kernel starts in the
+    project's."""
     foreign = ("PYTHON", "IPYTHON", "JUPYTER", "MPL", "MATPLOTLIB")
-    search = [
-        str(PACKAGE.parent),
-        *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
-    ]
+    search = map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     found = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     found |= dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), private)
     found |= {"SILALIB_RESULTS": str(results_folder("").absolute()), "SILALIB_DATA": str(data_folder().absolute())}
     found |= {"OMP_NUM_THREADS": found.get("OMP_NUM_THREADS") or str(processes.cpu_cores()), "TQDM_DISABLE": "1"}
-    return found | {"PYTHONPATH": os.pathsep.join(search), "PYTHONUTF8": "1", "MPLBACKEND": "agg"}
+    search = os.pathsep.join([str(PACKAGE.parent), *search])
+    return found | {"PYTHONPATH": search, "PYTHONUTF8": "1", "MPLBACKEND": "agg"}
 
 
 def execute(path, parameters, kernels, private):
-    """The executed notebook; meanwhile kernels[stem] is its kernel's process. Raises as `run_notebook` does."""
-    began = time.monotonic()
-    say(f"{path.stem}: started")
-    try:
-        return run_notebook(path, parameters, kernels, private)
-    finally:
-        kernels.pop(path.stem, None)
-        say(f"{path.stem}: ended after {duration(time.monotonic() - began)}")
-
-
-def run_notebook(path, parameters, kernels, private):
-    """The executed notebook. Raises UserError for a missing file or parameter, PageFailed where a cell failed."""
+    """The executed notebook; meanwhile kernels[stem] is its kernel's process. Raises UserError for a missing file or
+    parameter, PageFailed where a cell failed."""
     import papermill
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
@@ -128,29 +109,24 @@ def run_notebook(path, parameters, kernels, private):
             await super().start_kernel(**options, cwd=str(ROOT), env=kernel_environment(private))
             kernels[path.stem] = self.provisioner.pid
 
-    if not path.exists():
-        raise UserError(f"{path} is missing")
-    if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(path))):
-        raise UserError(f"{path.name} does not set {', '.join(unknown)} in a cell tagged 'parameters'")
+    began, options = time.monotonic(), dict(kernel_name="python3", kernel_manager_class=Kernel, progress_bar=False)
+    options |= dict(shutdown_kernel="immediate", coalesce_streams=True, extra_arguments=["--log-level=40"])
+    options |= dict(stderr_file=sys.stderr)  # training and warnings are for the terminal, not for the page
+    say(f"{path.stem}: started")
     try:
-        notebook = papermill.execute_notebook(
-            path,
-            None,  # written when it is complete
-            parameters,
-            kernel_name="python3",
-            kernel_manager_class=Kernel,
-            extra_arguments=["--log-level=40"],
-            shutdown_kernel="immediate",
-            coalesce_streams=True,
-            progress_bar=False,
-            stderr_file=sys.stderr,  # training and warnings are for the terminal, not for the page
-        )
+        if not path.exists():
+            raise UserError(f"{path} is missing")
+        if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(path))):
+            raise UserError(f"{path.name} does not set {', '.join(unknown)} in a cell tagged 'parameters'")
+        notebook = papermill.execute_notebook(path, None, parameters, **options)  # written when it is complete
     except PapermillExecutionError as error:
         if error.ename == NoRoom.__name__:
             raise NoRoom(error.evalue) from None
         raise PageFailed(first_line(error.ename, error.evalue), error.traceback) from None
     finally:
         ensure_event_loop().close()  # which the kernel's client has made for this thread
+        kernels.pop(path.stem, None)
+        say(f"{path.stem}: ended after {duration(time.monotonic() - began)}")
     check_complete(notebook)
     return notebook
 

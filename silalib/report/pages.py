@@ -8,6 +8,7 @@ import html
 import json
 import os
 import re
+import tomllib
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -18,17 +19,10 @@ from ..analysis.status import recall
 from ..data import dataset
 from ..experiments import EXHIBITS, PROFILES, check_profile
 from ..launch.ensure import ensure
-from ..launch.progress import duration
-from .notebooks import FOLDER, PageFailed, contents
+from .notebooks import CONTENTS, FOLDER, PageFailed, contents
 
-EXTERNAL = (
-    r"""<[^>]*\s(?:src|srcset|poster)=(?!["']?data:)[^>]*>|<(?:script|link|object|iframe|embed|base|form)\b"""
-    r"""|<[^>]*\s(?:on\w+\s*=|href=["']?(?:javascript|vbscript):)|<a\s[^>]*href=["']?data:"""
-    r"""|<(?:image|use)\s[^>]*href=(?!["']?(?:data:|#))|<style[^<]*(?:@import|url\()|<[^>]*\sstyle=[^>]*url\((?!#)"""
-)
-"""What a cell must not show: a resource to fetch, or a script."""
-
-TABLE = r"(?:<style[^>]*>[^<]*</style>\s*)?<table.*?</table>"
+RULES = tomllib.loads((files.PACKAGE / "report" / "html.toml").read_text(encoding="utf-8"))
+EXTERNAL = "|".join(RULES["external"])
 
 
 class Report:
@@ -41,23 +35,18 @@ class Report:
         self.notebooks = contents(exhibits)
 
     def notebook_page(self, stem, notebook, inputs=""):
-        """The page of an executed notebook. Raises PageFailed for unknown math, or something outside of the page.
-
-        inputs: a checksum of what it is made of, for the page's head.
-        """
-        body = template("cells").render(cells=notebook.cells, report=self, stem=stem, markdown=markdown_converter(self))
+        """The page of an executed notebook. inputs: a checksum of what it is made of, for the page's head. Raises
+        PageFailed for unknown math, or something outside of the page."""
+        parts = dict(cells=notebook.cells, markdown=markdown_converter(self))
+        body = template("cells.html").render(report=self, stem=stem, **parts)
         if found := re.search(EXTERNAL, body):
             raise PageFailed(f"{stem}.ipynb shows something from outside of the page: {found[0][:80]}")
-        heading, end, rest = re.sub(TABLE, with_roles, body, flags=re.DOTALL).rpartition("</h1>")
+        heading, end, rest = with_roles(body).rpartition("</h1>")
         facts, counts = self.provenance(stem)
-        parts = dict(heading=heading + end, facts=facts, body=rest, links=self.links(stem))
+        beside = {"notebook": self.source / f"{stem}.ipynb"}
+        beside |= {f"profile {p}": files.results_folder(p) / "report" / f"{stem}.html" for p in PROFILES}
+        parts = dict(heading=heading + end, facts=facts, body=rest, beside=beside)
         return self.page(stem, "done", counts | {"inputs": inputs}, **parts)
-
-    def links(self, stem):
-        """What lies beside a page, as (words, address): its notebook, and the same page of other profiles."""
-        others = [(f"profile {p}", files.results_folder(p) / "report" / f"{stem}.html") for p in PROFILES]
-        beside = [("notebook", self.source / f"{stem}.ipynb"), *others]
-        return [(words, self.address(path)) for words, path in beside if path.exists() and path.parent != self.folder]
 
     def address(self, path):
         """A path as seen from the pages."""
@@ -66,7 +55,7 @@ class Report:
     def page(self, stem, state, counts=(), error="", **parts):
         """A page, "done", "failed" or "not built", with its navigation. What the index says of it is in its head."""
         card = {"state": state, "error": error, **dict(counts)}
-        return template("page").render(report=self, stem=stem, card=card, **parts)
+        return template("page.html").render(report=self, stem=stem, card=card, **parts)
 
     def write_index(self):
         """The index of all pages; one that is missing is written as "not built", so that every link leads somewhere."""
@@ -77,19 +66,15 @@ class Report:
         cards = []
         for stem, (title, _) in self.notebooks.items():
             path = self.folder / f"{stem}.html"
-            try:
-                card = read_card(path)
-            except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged
+            card = read_card(path)
+            if not card:
                 files.write_atomically(path, self.page(stem, "not built").encode())
-                card = read_card(path)
-            cards.append({"stem": stem, "title": title, **card})
+            cards.append({"stem": stem, "title": title, "state": "not built", **card})
         judged = {claim.name: claim for claim in claims.judge(self.profile, self.seeds)}
-        results = {stem: result(judged[name], part) for stem, (name, part) in RESULTS.items()}
         kept, words = recall(), dict(score=claims.score(judged.values()), scale=tables.scale(self.profile))
-        answer = markdown_converter(self)(kept["markdown"], foreign=True)
-        answer = re.sub(TABLE, with_roles, answer, flags=re.DOTALL)
-        whole = dict(answer=answer, picture=kept["picture"], cards=cards, results=results)
-        index = template("index").render(report=self, **whole, **words)
+        words |= dict(answer=with_roles(markdown_converter(self)(kept["markdown"], foreign=True)), judged=judged)
+        results, picture = CONTENTS["results"], kept["picture"]
+        index = template("index.html").render(report=self, cards=cards, results=results, picture=picture, **words)
         files.write_atomically(self.folder / "index.html", index.encode())
 
     def provenance(self, stem):
@@ -132,29 +117,15 @@ CARD |= dict.fromkeys(("runs?", "missing?", "damaged?", "trained?"), files.is_nu
 """The form of what a page's head says of it."""
 
 
-RESULTS = {
-    "00_siamese_labels": ("8", ""), "01_table1_cifar100": ("1", "Table 1"), "02_table2_imagenet100": ("1", "Table 2"),
-    "03_table3_autoaugment": ("3", ""), "04_fig3_training_curves": ("4", ""), "06_fig5_anytime": ("5", "Figure 5"),
-    "05_fig4_budgeted_batch": ("5", "Figure 4"), "07_fig6_mnist_features": ("6", ""), "08_fig7_robustness": ("7", ""),
-    "10_equal_compute": ("A", ""), "12_calibration": ("B", ""),
-}  # fmt: skip
-"""Notebook -> the claim, and the part of its effects, whose result stands on its card."""
-
-
-def result(claim, part):
-    """A card's words: the first effect's number and verdict, "+0.61 ± 0.60 points: reproduced"."""
-    effect = next((effect for effect in claim.primary if part in effect.name), None)
-    if claim.profile == "quick" or effect is None:
-        return "judges nothing" if claim.profile in ("quick", "small") else "not run"
-    return f"{effect}: {effect.verdict}" if str(effect) else effect.verdict
-
-
 def read_card(path):
-    """What the index says of a page: what is in its head, and its thumbnail."""
-    content = path.read_text(encoding="utf-8")
-    card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+    """What the index says of a page: what is in its head, and its thumbnail. Of one that is missing or damaged: {}."""
+    try:
+        content = path.read_text(encoding="utf-8")
+        card = json.loads(html.unescape(re.search(r'<meta name="card" content="(.*?)">', content)[1]))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
     if not files.fits(card, CARD):
-        raise ValueError("no card of ours")
+        return {}
     thumbnail = re.search("<template>(.*?)</template>", content, re.DOTALL)
     return {**card, "thumbnail": thumbnail[1] if thumbnail and not re.search(EXTERNAL, thumbnail[1]) else ""}
 
@@ -162,23 +133,20 @@ def read_card(path):
 @cache
 def template(name):
     """A template of silalib/report/templates."""
-    from jinja2 import Environment, PackageLoader
+    from jinja2 import Environment, PackageLoader, select_autoescape
     from nbconvert.filters import Highlight2HTML, strip_ansi
 
-    options = dict(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    options = dict(autoescape=select_autoescape(["html.j2"]), trim_blocks=True, lstrip_blocks=True)
     environment = Environment(loader=PackageLoader("silalib.report"), **options)
-    without_style = r'<span class="(?:n|nn|o|p|w)">(.*?)</span>'  # most of a page's code would be these
-    coloured = lambda code: re.sub(without_style, r"\1", Highlight2HTML("python")(code))
-    python = lambda code: coloured(code).replace("<pre>", '<pre tabindex="0">')  # it scrolls, by the keyboard too
-    environment.filters |= {"python": python, "plain": strip_ansi, "duration": duration, "themed": plots.themed}
-    return environment.get_template(f"{name}.html.j2")
+    python = lambda code: by_rules("plain_code", Highlight2HTML("python")(code))
+    filters = {"python": python, "plain": strip_ansi, "themed": plots.themed, "in_markdown": plots.in_markdown}
+    environment.filters |= filters
+    return environment.get_template(f"{name}.j2")
 
 
 def markdown_converter(report):
-    """A function from Markdown to HTML for the cells of one page, which share one outline.
-
-    foreign: what a cell's code has made of records; HTML in it is text.
-    """
+    """A function from Markdown to HTML for the cells of one page, which share one outline. Its second argument: whether
+    the text is foreign, what a cell's code has made of records; then HTML in it is text."""
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class Renderer(IPythonRenderer):
@@ -229,34 +197,23 @@ def mathml(tex, display="inline"):
     result = convert(tex.replace("{aligned}", "{split}"), display=display)  # the same in LaTeX
     if unknown := re.search(r"\\\w*|<mi>&</mi>", result):
         raise PageFailed(f"cannot show the formula {' '.join(tex.split())}: {unknown[0]} is not understood")
-    for pattern, replacement in MATH_SPACES:
-        result = re.sub(pattern, replacement, result)
-    return result
+    return by_rules("math_spaces", result)
 
 
-MATH_SPACES = [
-    (r"<m[io]>([A-Za-z]{2,})</m[io]>", r'<mo form="prefix" lspace="0.167em" rspace="0.167em">\1</mo>'),
-    (r"(<mo[^>]*>(?:&#x0003D;|&#x00028;|&#x0002C;|\()</mo>)<mo>&#x02212;", r'\1<mo form="prefix">&#x02212;'),
-    (r"<mo>&#x0002F;", r'<mo lspace="0" rspace="0">&#x0002F;'),
-]
-"""LaTeX's spaces at named operators, signs and a slash, which latex2mathml does not set."""
-
-TABLE_ROLES = [
-    (r' id="[^"]*_(?:row|level)\d[^"]*"|(?<=data )row\d+ ', ""),
-    (r'<td class="([^"]* col0)"[^>]*>([^<]+)</td>', r'<th class="\1" scope="row">\2</th>'),
-    (r"<th([^>]*)></th>", r"<td\1></td>"),  # an empty header says nothing of its cells
-    (r"<th(?= [^>]*colspan)", '<th scope="colgroup"'),
-    (r'<th(?= class="col_heading)', '<th scope="col"'),
-]
-"""Headers of a table that pandas made: its first column, groups of columns, columns. The cells' own ids go."""
+def by_rules(name, text):
+    for pattern, replacement in RULES[name]:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
-def with_roles(table):
-    """A match of TABLE in a box that scrolls, with roles for its headers."""
-    content, caption = table[0], re.search(r"<caption>(.*?)</caption>", table[0])
-    for pattern, replacement in TABLE_ROLES:
-        content = re.sub(pattern, replacement, content)
-    content = re.sub(r"\$([^$<]+)\$", lambda found: mathml(html.unescape(found[1])), content)
-    name = caption[1] if caption else ", ".join(re.findall(r"<th[^>]*>([^<]+)</th>", content)[:3]) or "Table"
-    name = name.replace('"', "&quot;").replace("$", "")
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{content}</div>'
+def with_roles(text):
+    """HTML with each table in a box that scrolls, and with roles for the headers."""
+
+    def boxed(table):
+        content, caption = by_rules("table_roles", table[0]), re.search(r"<caption>(.*?)</caption>", table[0])
+        content = re.sub(r"\$([^$<]+)\$", lambda found: mathml(html.unescape(found[1])), content)
+        name = caption[1] if caption else ", ".join(re.findall(r"<th[^>]*>([^<]+)</th>", content)[:3]) or "Table"
+        name = name.replace('"', "&quot;").replace("$", "")
+        return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{content}</div>'
+
+    return re.sub(r"(?:<style[^>]*>[^<]*</style>\s*)?<table.*?</table>", boxed, text, flags=re.DOTALL)
