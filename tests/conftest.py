@@ -66,6 +66,23 @@ def counts():
     return COUNTS
 
 
+COSTLY = (
+    "cluster", "redraw", "fake_cuda", "torchrun", "contract", "golden", "environments", "strangers", "evidence",
+    "trainer", "gpu", "models", "answer", "faults", "claims", "browser", "msdnet", "runs", "prepare", "build", "readme",
+    "early_exit", "report", "comparison",
+)  # fmt: skip
+"""Files whose tests take long, roughly the longest first: processes that each take the next file then end together."""
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist, which has files of few tests last, whatever these cost
+
+
+def pytest_collection_modifyitems(items):
+    turn = {f"test_{name}": number for number, name in enumerate(COSTLY)}
+    items.sort(key=lambda item: turn.get(item.path.stem, len(turn)))
+
+
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # one of several processes: the first one prints for all
         session.config.workeroutput["counts"] = dict(COUNTS)
