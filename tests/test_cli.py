@@ -78,9 +78,8 @@ def test_a_mistake_is_one_line_and_1(arguments, message, capsys):
 def test_missing_data_is_one_line_and_1(data_folder, no_network, capsys):
     assert main(["train", "fig6", "--profile", "paper"]) == 1
     error = capsys.readouterr().err
-    assert error.strip().splitlines()[-1] == (
-        f"silalib: error: no network and {data_folder / 'MNIST/raw'} is missing: put MNIST there, or use --profile quick"
-    )
+    missing = f"no network and {data_folder / 'MNIST/raw'} is missing"
+    assert error.splitlines()[-1] == f"silalib: error: {missing}: put MNIST there, or use --profile quick"
     assert "Traceback" not in error and no_network
 
 
