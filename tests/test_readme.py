@@ -32,7 +32,6 @@ def committed(results):
     return results
 
 
-@pytest.mark.slow
 def test_what_is_generated_is_what_the_records_say(committed):
     """README's answer, results/README.md, results/answer.json and the picture; that byte by byte under the versions of
     constraints.txt."""
