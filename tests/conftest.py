@@ -21,6 +21,7 @@ from silalib.run import Run
 from silalib.training import trainer
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # also for what is started here, and for `ensure.share`: more would spin, not help
 sys.path.append(str(ROOT / "benchmarks"))  # which tests measure small things with
 
 TINY = {
@@ -63,6 +64,23 @@ def losses(training, steps):
 def counts():
     """Counts of faults that were survived, printed at the end."""
     return COUNTS
+
+
+COSTLY = (
+    "cluster", "redraw", "fake_cuda", "torchrun", "contract", "golden", "environments", "strangers", "evidence",
+    "trainer", "gpu", "models", "answer", "faults", "claims", "browser", "msdnet", "runs", "prepare", "build", "readme",
+    "early_exit", "report", "comparison",
+)  # fmt: skip
+"""Files whose tests take long, roughly the longest first: processes that each take the next file then end together."""
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist, which has files of few tests last, whatever these cost
+
+
+def pytest_collection_modifyitems(items):
+    turn = {f"test_{name}": number for number, name in enumerate(COSTLY)}
+    items.sort(key=lambda item: turn.get(item.path.stem, len(turn)))
 
 
 def pytest_sessionfinish(session):
@@ -189,9 +207,12 @@ def real_data():
 
 @pytest.fixture
 def cores():
-    """cores(n): until the end of the test this process may use n of its CPU cores, and so may those that it starts."""
+    """cores(n): until the end of the test this process may use n of its CPU cores, and so may those that it starts; all
+    of them as threads, which elsewhere are one."""
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("needs to choose its CPU cores")
     before = os.sched_getaffinity(0)
-    yield lambda n: os.sched_setaffinity(0, sorted(before)[:n])
+    with mock.patch.dict(os.environ):
+        del os.environ["OMP_NUM_THREADS"]
+        yield lambda n: os.sched_setaffinity(0, sorted(before)[:n])
     os.sched_setaffinity(0, before)

@@ -411,11 +411,12 @@ def test_what_would_decide_it():
     claim = replace(judged("1", GAINS["undecided"]), records={})
     with mock.patch.object(claims, "seconds_left", lambda runs, records: {run: 3600 for run in runs[:6]}):
         text, _ = claims.what_decides(claim)
+        words = claims.in_words(claim)
     assert (
         ": 157 seeds would decide it by its spread. One extension is allowed, to 6 seeds, judged at 99%, 6.0 " in text
     )
     assert text.endswith("`python -m silalib train table1 --profile paper --seeds 3 4 5`.")
-    assert "157 seeds would decide it" in claims.in_words(claim)
+    assert "157 seeds would decide it" in words
     assert list(claims.what_decides(judged("1", GAINS["reproduced"]))) == []
 
 

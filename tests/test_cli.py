@@ -39,16 +39,6 @@ def one_exhibit(plan):
     return grid
 
 
-def call(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "silalib", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -85,18 +75,12 @@ def test_a_mistake_is_one_line_and_1(arguments, message, capsys):
     assert "Traceback" not in error
 
 
-def test_missing_data_is_one_line_and_1(tmp_path):
-    """Without a network; the proxy makes sure that there is none."""
-    done = call(
-        "train", "fig6", "--profile", "paper", SILALIB_DATA=str(tmp_path / "data"), SILALIB_RESULTS=str(tmp_path),
-        http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == (
-        f"silalib: error: no network and {tmp_path / 'data' / 'MNIST/raw'} is missing: "
-        "put MNIST there, or use --profile quick"
-    )
-    assert "Traceback" not in done.stderr
+def test_missing_data_is_one_line_and_1(data_folder, no_network, capsys):
+    assert main(["train", "fig6", "--profile", "paper"]) == 1
+    error = capsys.readouterr().err
+    missing = f"no network and {data_folder / 'MNIST/raw'} is missing"
+    assert error.splitlines()[-1] == f"silalib: error: {missing}: put MNIST there, or use --profile quick"
+    assert "Traceback" not in error and no_network
 
 
 def test_train_status_and_resume(one_exhibit, results, capsys):
@@ -115,6 +99,9 @@ def test_train_status_and_resume(one_exhibit, results, capsys):
     assert lines[-1] == "2 of 2 runs done"
     before = {p: p.read_bytes() for p in results.rglob("result.json")}
     assert len(before) == 2
+    for content in before.values():  # each says where it comes from
+        provenance = json.loads(content)["provenance"]
+        assert {"silalib", "torch", "device", "precision", "data_sha256", "seconds", "finished"} <= set(provenance)
     assert main(arguments) == 0  # trains nothing
     assert {p: p.read_bytes() for p in results.rglob("result.json")} == before
 
@@ -215,16 +202,10 @@ def test_a_results_folder_that_cannot_be_written(one_exhibit, results, capsys):
     assert "Traceback" not in error and str(results) in error
 
 
-def test_a_record_says_where_it_comes_from(one_exhibit, results):
-    assert main(["train", "tiny", "--workers", "1"]) == 0
-    for path in results.rglob("result.json"):
-        provenance = json.loads(path.read_bytes())["provenance"]
-        assert {"silalib", "torch", "device", "precision", "data_sha256", "seconds", "finished"} <= set(provenance)
-
-
 def test_a_reader_that_wants_no_more_is_no_error(results):
-    """As of `status | head`: the other end of the pipe is closed before anything is written."""
-    command = [sys.executable, "-m", "silalib", "status"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    """As of `data digits | head`: the other end of the pipe is closed before anything is written."""
+    command = [sys.executable, "-m", "silalib", "data", "digits"]
+    at_once = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=at_once, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 1

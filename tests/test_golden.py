@@ -34,6 +34,7 @@ def part(values, chosen):
     return {name: value for name, value in values.items() if chosen(name)}
 
 
+@pytest.mark.slow
 def test_golden_runs_are_what_they_were(found):
     expected = golden.read(KEPT)
     counted = lambda name: any(word in name.rsplit("/", 1)[1] for word in COUNTED)

@@ -164,6 +164,7 @@ def first_graph_fails(run, folder, device, *, graphs, **more):
     return trainer.train(run, folder, device, graphs=False, **more)
 
 
+@pytest.mark.slow
 def test_after_a_failed_graph_the_run_is_done_again_in_a_fresh_process(two_runs, capsys):
     """The first attempt is made here, where the graph fails; nothing more is trained here."""
     outcomes = train_by(first_graph_fails, two_runs)

@@ -209,9 +209,15 @@ def test_no_width_is_too_small(name):
     assert network.eval()(torch.empty(1, 3, 32, 32, device="meta")).shape == (1, 100)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name, stem", [(name, stem) for name in ONE_HEAD for stem in STEMS.get(name, ("cifar",))])
-def test_one_step_reaches_every_parameter(name, method, stem):
+NETWORKS = [(name, stem) for name in ONE_HEAD for stem in STEMS.get(name, ("cifar",))]
+"""The method decides what reaches the logits, the network what goes on from there."""
+
+
+@pytest.mark.parametrize(
+    "name, stem, method",
+    [*((*network, "sila") for network in NETWORKS), *(("resnet18", "cifar", m) for m in METHODS if m != "sila")],
+)
+def test_one_step_reaches_every_parameter(name, stem, method):
     torch.manual_seed(0)
     nets = [MODELS[name](10, 3, 0.25, stem) for _ in range(2)]
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -491,29 +492,17 @@ def test_killed_at_every_change_to_the_disk_the_next_start_ends_with_the_same_by
     assert n > 40
 
 
-LIMITED = """
-import resource, sys
-from silalib.errors import UserError
-from silalib.launch.prepare import prepare
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-try:
-    prepare("insects", sys.argv[1], 12, chunk=5)
-except UserError as error:
-    sys.exit(str(error))
-"""
-
-
 @pytest.mark.parametrize("limit", [1000, 10_000])
 def test_a_full_disk_is_one_line_and_nothing_is_lost(limit, larger, data_folder):
     """No file may be larger: first the shards of 2 kB do not fit, then the array of 26 kB."""
     tree, whole = larger
-    command = [sys.executable, "-c", LIMITED, str(tree), str(limit)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert done.stderr.startswith("cannot write ") and "start again to go on" in done.stderr
-    assert done.stderr.count("\n") == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*start again to go on[^\n]*$"):
+            prepare.prepare("insects", tree, 12, chunk=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(list(data_folder.glob("insects/shards/t*.raw"))) == (0 if limit == 1000 else 18)
     prepare.prepare("insects", tree, 12, chunk=5)
     assert content(data_folder / "insects") == whole

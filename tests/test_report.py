@@ -45,8 +45,9 @@ def notebook(*cells):
 
 
 @pytest.fixture
-def exhibits(tiny):
-    """One exhibit; the pages without runs of their own are there too."""
+def exhibits(tiny, plan):
+    """One exhibit; the pages without runs of their own are there too. No other has runs, so the index judges none."""
+    plan([])
     grid = lambda profile, seeds=None: [
         tiny(noise_images=20, noise_sigmas=2, noise_draws=2, hessian_images=10),
         tiny(seed=7),

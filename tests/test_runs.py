@@ -378,8 +378,7 @@ def written(*paths):
     return [path.stat().st_mtime_ns for path in paths]
 
 
-def test_ensure_trains_once(tiny, results, cores, capsys):
-    cores(2)
+def test_ensure_trains_once(tiny, results, capsys):
     a, b = (tiny(nets=("convnet12",), method="ind", epochs=1, seed=seed) for seed in (0, 1))
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     first = ensure([b, a, b], "small", workers=1)
@@ -388,13 +387,20 @@ def test_ensure_trains_once(tiny, results, cores, capsys):
     assert state(a) == state(b) == "done"
     names = {p.name for p in first[a].path.iterdir()} - {".lock"}
     assert names == {*first[a].result["files"], "result.json", "result.sha256"}
-    assert first[a].result["provenance"]["threads"] == processes.cpu_cores()  # one worker takes both cores
     assert (torch.get_num_threads(), signal.getsignal(signal.SIGINT)) == (threads, handler)
     before = written(*results.rglob("result.json"))
     second = ensure([a, b], "quick", workers=1)
     assert list(second) == [a, b]
     assert second[a].result == first[a].result
     assert written(*results.rglob("result.json")) == before
+
+
+@pytest.mark.slow
+def test_one_worker_takes_both_cores(tiny, cores, capsys):
+    cores(2)
+    run = tiny(nets=("convnet12",), method="ind", epochs=1)
+    assert ensure([run], workers=1)[run].result["provenance"]["threads"] == processes.cpu_cores()
+    assert torch.get_num_threads() == 1  # as before
 
 
 def test_ensure_without_training_leaves_out_what_is_missing(record, tiny):
@@ -455,6 +461,7 @@ def test_data_that_must_be_prepared_are_not_run_and_no_failure(tiny, data_folder
     assert [state(run) for run in elsewhere] == ["pending"] * 2
 
 
+@pytest.mark.slow
 def test_two_workers_give_what_one_gives(tiny, comparable, tmp_path, cores, capsys):
     grid = [tiny(nets=("vgg13",) * 2, method=m, epochs=1, augment="crop+flip") for m in ("sila", "dml")]
     cores(2)  # one thread for each worker

@@ -33,7 +33,14 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, pytest.param("densenet121", marks=[pytest.mark.slow, pytest.mark.long])])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("resnet18", "vgg13", "exits"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet", "wrn16_10")),
+        pytest.param("densenet121", marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
 def test_fast_settings_follow_the_plain_path_for_20_steps(case, tiny):
     """Float32 differs by the order of sums alone, which dropout and pooling spread: 1 percent of the NLL at most, 0.1
     on average. bfloat16 has 8 bits: 10 percent at most, 3 on average. A small rate keeps the trajectory from chaos."""

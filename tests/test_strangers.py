@@ -89,8 +89,9 @@ HOSTILE = ("<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "[a](jav
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_no_text_of_a_record_is_alive_in_a_page(text, record, tiny, results, monkeypatch):
+def test_no_text_of_a_record_is_alive_in_a_page(text, record, tiny, plan, results, monkeypatch):
     """A hostile string in every text of every file, shown by every way from a record into a page."""
+    plan([])
     result = record.result
     for name, value in [
         ("device", text),
@@ -124,7 +125,8 @@ def test_no_text_of_a_record_is_alive_in_a_page(text, record, tiny, results, mon
 
 
 @pytest.mark.parametrize("card", ['"x"', "{}", '{"state": "done", "error": "", "trained": "x"}', "[" * 10**5])
-def test_a_page_whose_head_is_not_ours_counts_as_not_built(card, results):
+def test_a_page_whose_head_is_not_ours_counts_as_not_built(card, plan, results):
+    plan([])
     report = pages.Report("quick", exhibits={})
     report.folder.mkdir(parents=True)
     (report.folder / "09_claims.html").write_text(f'<meta name="card" content="{html.escape(card)}"><p>x</p>')
