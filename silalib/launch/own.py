@@ -128,7 +128,6 @@ class Task(SimpleNamespace):
     dataset, config, n_heads = "its own", property(lambda self: self.key), property(lambda self: len(self.heads))
     steps_per_epoch = property(lambda self: math.ceil(len(self.splits["train"]) / self.batch_size))
     checksum = property(lambda self: "".join(split.checksum for split in self.splits.values()))
-
     learning_rate = lambda self, step: float(self.optimizers[0][0].param_groups[0]["lr"])
     inputs = lambda self, batch, channels_last: batch
     __str__ = lambda self: f"{self.method} seed {self.seed}"
