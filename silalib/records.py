@@ -179,7 +179,6 @@ def begun(folder):
 
 
 def remove_leftovers(folder):
-    """All checkpoints of a run, and why it failed."""
     for leftover in (*folder.glob("checkpoint*.pt"), folder / "failed.json"):
         leftover.unlink(missing_ok=True)
 

@@ -78,7 +78,6 @@ class Samples:
             yield tree_map(lambda leaf: leaf.to(self.device) if hasattr(leaf, "to") else leaf, batch)
 
     def target(self, batch):
-        """The labels (B,) of a batch."""
         last = batch[-1] if isinstance(batch, (list, tuple)) else None
         target = batch.get("labels") if isinstance(batch, dict) else last
         if not torch.is_tensor(target) or target.dim() != 1 or target.is_floating_point():

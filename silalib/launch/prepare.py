@@ -64,7 +64,6 @@ def list_images(source, first=None):
 
 
 def _below(folder, source):
-    """The paths of the images in a folder and in those below, from `source`, sorted."""
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not JUNK.fullmatch(name)]
@@ -94,14 +93,12 @@ def ground_truth(val):
 
 def _lines(path, pattern):
     """The match of each line that is not blank. Raises UserError for one that is of another form."""
-    matches = []
     for number, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
         if text := line.strip():
-            matches.append(re.fullmatch(pattern, text))
-            if not matches[-1]:
+            if not (match := re.fullmatch(pattern, text)):
                 what = f"{text[:60]!r} is not of ImageNet's ground truth: take it again"
                 raise UserError(f"{path}, line {number}: {what}")
-    return matches
+            yield match
 
 
 def decode(path, size, square=None):
@@ -147,8 +144,8 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128)
     "imagenet100" takes the first hundred classes of an ImageNet at 224 pixels: resized to 256x256, the centre cut out.
     Any other name takes all classes at `size` pixels: the shorter side resized to it, the centre cut out.
     skip_broken: leave out images that cannot be decoded. workers: threads, by default one per CPU core. chunk: images
-    in a shard. Where the data set is complete, its content is verified. Raises Stopped after SIGINT or SIGTERM,
-    UserError for what the user can mend; nothing that is decoded gets lost."""
+    in a shard. A complete data set is verified. Raises Stopped after SIGINT or SIGTERM, UserError for what the user can
+    mend; nothing that is decoded gets lost."""
     taken = {*DATASETS, "folder", *(Path(spec.folder).parts[0].lower() for spec in DATASETS.values() if spec.folder)}
     title, square, first = name, None, None
     if name == "imagenet100":
@@ -178,7 +175,6 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128)
 
 
 def _check(folder, plan):
-    """Verify a complete data set. What is damaged, and dataset.json, becomes *.corrupt."""
     try:
         if describe(folder)["plan"] != plan:
             raise UserError(f"{folder} was prepared from other files or at another size: delete it, or change --name")
@@ -243,7 +239,6 @@ def _decode_missing(shards, source, plan, workers):
 
 
 def _decode_shard(shard, rows, source, plan):
-    """Write the pixels of the images that can be decoded to the file `shard`. Returns {path: error} of the others."""
     pixels, broken = [], {}
     for path, _ in rows:
         try:

@@ -66,8 +66,7 @@ class Progress:
         return sum(share * self.costs[run] for run, share in shares.items()) / sum(self.costs.values())
 
     def left(self):
-        """Time left, from what was trained since the first message: until then workers start."""
-        self.started = self.clock() if self.started is None else self.started
+        self.started = self.clock() if self.started is None else self.started  # until the first message workers start
         done, elapsed = self.weighted(self.share), self.clock() - self.started
         trained = done - self.weighted(self.at_start)
         told = trained >= 0.01 and elapsed >= 3 and done < 1

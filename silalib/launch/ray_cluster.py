@@ -21,14 +21,13 @@ from ..training import execution, trainer
 from ..training.checkpoint import CHECKPOINTS
 from .workers import UNLIKE, attempt, in_pool
 
-RETRIES = 3  # after a worker or node died
-LISTEN_SECONDS = 0.5  # how often a worker asks whether to stop
+RETRIES, LISTEN_SECONDS = 3, 0.5  # after a worker or node died; how often a worker asks whether to stop
 
 
 def in_cluster(schedule, workers, address=None, gpus_per_run=None, shared=True):
     """Train what waits in the schedule on a Ray cluster; `workers` runs at a time, or None for all.
     address None: the cluster of RAY_ADDRESS or the one started on this machine, else one is started for the time.
-    gpus_per_run, a fraction is fine: by default one where the cluster has GPUs and the device is not the CPU.
+    gpus_per_run may be a fraction: by default one where the cluster has GPUs and the device is not the CPU.
     shared: False where no worker sees the results folder; by default each finds out."""
     try:
         import ray

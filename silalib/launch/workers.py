@@ -90,8 +90,7 @@ def attempt(job, run, stopped, tell):
         text = f"{run}: {line} (an internal error; more in {folder / 'failed.json'})"
         if torchrun.size() > 1:  # the other processes may wait for this one: torchrun ends them when it ends
             raise SystemExit(f"silalib: error: {text}") from None
-        spoilt = isinstance(error, torch.AcceleratorError)  # every later call to the GPU fails too
-        return ProcessSpoilt(text) if spoilt else UserError(text)
+        return (ProcessSpoilt if isinstance(error, torch.AcceleratorError) else UserError)(text)
 
 
 class Schedule:
