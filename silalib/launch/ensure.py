@@ -33,10 +33,9 @@ def ensure(
     budget: seconds after which training stops cleanly; only_whole gives a run up, with a checkpoint, as soon as its
     measured speed says that its training would not end in them. retry: train runs again that failed before.
     backend: "local", or "ray" for a Ray cluster, at ray_address or as `in_cluster` finds it, with gpus_per_run of its
-    GPUs, 1 by default; workers is then how many runs are under way, by default as many as fit.
+    GPUs, 1 by default, 0.5 to share one; workers is then how many runs are under way, by default as many as fit.
     graphs: whether a GPU may replay steps as CUDA graphs; a run whose graph cannot be captured is done without.
-    Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
-    """
+    Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing done is lost."""
     experiments.check_profile(profile)
     runs = [None] if isinstance(runs, Run) else list(dict.fromkeys(runs))
     if not all(isinstance(run, Run) for run in runs):
@@ -46,8 +45,7 @@ def ensure(
         ray = partial(in_cluster, address=ray_address, gpus_per_run=gpus_per_run) if backend == "ray" else None
         damaged = lambda run: isinstance(records.damage(run, profile=profile), CorruptFile)
         pending = [run for run in runs if records.find(run) is None or damaged(run)]
-        more = dict(only_whole=only_whole, retry=retry, graphs=graphs)
-        train_all(pending, profile, device, workers, budget, ray, **more)
+        train_all(pending, profile, device, workers, budget, ray, only_whole=only_whole, retry=retry, graphs=graphs)
     found = {}
     for run in filter(records.find, runs):
         try:
