@@ -17,7 +17,7 @@ import torch
 from reference_loop import Reference
 
 from silalib import data
-from silalib.__main__ import at_least
+from silalib.__main__ import whole_number
 from silalib.errors import UserError
 from silalib.experiments import EXHIBITS
 from silalib.files import results_folder, to_json, write_atomically
@@ -220,8 +220,8 @@ def main(arguments=None):
     parser.add_argument("--methods", nargs="+", default=("ind", "sila"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--speeds", nargs="+", default=["fast"], help=f"of the trainer: {', '.join(SPEEDS)}")
-    parser.add_argument("--rounds", type=at_least(1), default=5)
-    parser.add_argument("--steps", type=at_least(1), help="batches in a round; default 2 on a CPU, 100 on a GPU")
+    parser.add_argument("--rounds", type=whole_number, default=5)
+    parser.add_argument("--steps", type=whole_number, help="batches in a round; default 2 on a CPU, 100 on a GPU")
     parser.add_argument("--output", type=Path, help="the JSON file; default bench.json in the results folder")
     options = parser.parse_args(arguments)
     try:

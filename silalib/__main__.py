@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections import Counter
+from functools import partial
 from itertools import chain
 
 from .errors import Stopped, UserError, missing_extra, printable
@@ -24,13 +25,10 @@ def seconds(text):
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def at_least(lowest):
-    def whole_number(text):
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest}")
-        return int(text)
-
-    return whole_number
+def whole_number(text, least=1):
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+    return int(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,21 +43,31 @@ def parser():
 
     top = Parser(prog="python -m silalib", description="Siamese Labels Auxiliary Learning, reproduced.")
     commands = top.add_subparsers(dest="command", required=True)
-
-    def command(name, text, action):
+    every, few, from_0 = [*EXHIBITS, "all"], dict(nargs="?", default="all"), partial(whole_number, least=0)
+    for name, action, text in [
+        ("train", train, "train what an exhibit is missing"),
+        ("status", status, "what is done, running, pending or failed, and the time left"),
+        ("report", report, "train what is missing, execute the notebooks and render the HTML report"),
+        ("data", fetch_data, "fetch or prepare a data set, and verify it"),
+    ]:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(action=action, wrong_usage=sub.error)
-        return sub.add_argument
-
-    def with_grid(option, profile="quick", **optional):
-        every = [*EXHIBITS, "all"]
-        option("exhibit", choices=every, metavar="EXHIBIT", help=", ".join(every), **optional)
+        option, profile = sub.add_argument, None if name == "status" else "quick"
+        if name == "data":
+            option("dataset", help="its name; 'imagenet100' and 'folder' are prepared from your own files")
+            option("--from", dest="source", metavar="DIR", help="the folder with train/<class>/ and val/<class>/")
+            option("--name", help="with 'folder': what to call the data set")
+            option("--size", type=whole_number, help="with 'folder': height and width of its images in pixels")
+            option("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
+            option("--workers", type=whole_number, metavar="N", help="threads that decode; default one per CPU core")
+            continue
+        option("exhibit", choices=every, metavar="EXHIBIT", help=", ".join(every), **few if name != "train" else {})
         option("--profile", default=profile, choices=PROFILES, help=f"default: {profile or 'a word on each'}")
-        option("--seeds", type=at_least(0), nargs="+", metavar="N", help="default: the profile's own")
-
-    def with_training(option):
+        option("--seeds", type=from_0, nargs="+", metavar="N", help="default: the profile's own")
+        if name == "status":
+            continue
         option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        option("--workers", type=at_least(1), metavar="N", help="runs at once; default one per CPU core or GPU")
+        option("--workers", type=whole_number, metavar="N", help="runs at once; default one per CPU core or GPU")
         option("--budget", type=seconds, metavar="TIME", help="stop cleanly after this time, such as 9m; then exit 75")
         option("--only-whole", action="store_true", help="with --budget: train no run that would not end in it")
         option("--backend", default="local", choices=["local", "ray"], help="ray: the runs on a Ray cluster")
@@ -67,23 +75,8 @@ def parser():
         option("--gpus-per-run", type=float, metavar="N", help="of the Ray cluster's, 1 by default; 0.5 shares one")
         option("--no-graphs", dest="graphs", action="store_false", help="on a GPU: no CUDA graphs, slower")
         option("--retry", action="store_true", help="train runs again that failed before")
-
-    option = command("train", "train what an exhibit is missing", train)
-    with_grid(option)
-    with_training(option)
-    option = command("status", "what is done, running, pending or failed, and the time left", status)
-    with_grid(option, profile=None, nargs="?", default="all")
-    option = command("report", "train what is missing, execute the notebooks and render the HTML report", report)
-    with_grid(option, nargs="?", default="all")
-    with_training(option)
-    option("--no-train", action="store_true", help="render only what is on disk; the rest says 'not run'")
-    option = command("data", "fetch or prepare a data set, and verify it", fetch_data)
-    option("dataset", help="its name; 'imagenet100' and 'folder' are prepared from your own files")
-    option("--from", dest="source", metavar="DIR", help="the folder with train/<class>/ and val/<class>/")
-    option("--name", help="with 'folder': what to call the data set")
-    option("--size", type=at_least(1), help="with 'folder': height and width of its images in pixels")
-    option("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
-    option("--workers", type=at_least(1), metavar="N", help="threads that decode; default one per CPU core")
+        if name == "report":
+            option("--no-train", action="store_true", help="render only what is on disk; the rest says 'not run'")
     return top
 
 
@@ -105,9 +98,9 @@ def train_missing(options, runs):
     from .launch import torchrun
     from .launch.ensure import ensure
 
-    names = ("device", "workers", "budget", "only_whole", "retry", "backend", "ray_address", "gpus_per_run", "graphs")
+    names = ("profile", "device", "workers", "budget", "only_whole", "retry", "backend", "ray_address", "gpus_per_run")
     with torchrun.leading(options.device):
-        return ensure(runs, options.profile, **{name: getattr(options, name) for name in names})
+        return ensure(runs, graphs=options.graphs, **{name: getattr(options, name) for name in names})
 
 
 def train(options):
@@ -117,22 +110,10 @@ def train(options):
     print(f"{done} of {len(runs)} runs are trained, {left} not run" if left else f"{done} runs are trained")
 
 
-def training_time(pending, options):
-    """About how long the runs take here, in words; those on data that must be one's own and are not here left out."""
-    from . import data
-    from .launch.ensure import share
-    from .launch.estimate import seconds_left
-    from .launch.progress import duration
-    from .training.execution import pick_device
-
-    here = [run for run in pending if not data.dataset(run.dataset).prepared or data.is_available(run.dataset)]
-    workers, _ = share(pick_device(options.device), options.workers, max(1, len(here)))
-    return duration(sum(seconds_left(here, {}).values()) / workers)
-
-
 def report(options):
     from .analysis.status import recall
     from .experiments import EXHIBITS
+    from .launch.ensure import training_time
     from .records import find, state
     from .report import build, pages
 
@@ -147,7 +128,8 @@ def report(options):
     if planned:
         made.write_index()
         if options.backend == "local":
-            print(f"about {training_time(pending, options)} of training; pages appear as their runs end", flush=True)
+            time = training_time(pending, options.device, options.workers)
+            print(f"about {time} of training; pages appear as their runs end", flush=True)
     try:
         if not options.no_train:
             with build.beside_training(made, names if pending else []):
@@ -164,9 +146,8 @@ def report(options):
         print(f"{missing} of {len(runs)} runs not run; the pages say what is missing", file=sys.stderr)
     if damaged := states["damaged"]:
         print(f"silalib: error: {damaged} of {len(runs)} runs with a damaged record, see `status`", file=sys.stderr)
-        code = 1
     print(*map(printable, recall()["lines"]), f"The report: {made.folder / 'index.html'}", sep="\n")
-    return code
+    return 1 if damaged else code
 
 
 def status(options):

@@ -20,6 +20,8 @@ ROOT = PACKAGE.parent if _in_checkout else Path.cwd()
 NOTEBOOKS = (ROOT if _in_checkout else PACKAGE) / "notebooks"
 EVIDENCE = PACKAGE / "evidence"
 """What a wheel brings of results/: records without what is measured on each image. A checkout has the folder itself."""
+LARGEST = {".sha256": 2**12, ".json": 2**27, ".csv": 2**26, ".npz": 2**30}  # bytes, of archives unpacked too
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def results_folder(profile):
@@ -29,9 +31,6 @@ def results_folder(profile):
 
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
-
-
-LARGEST = {".sha256": 2**12, ".json": 2**27, ".csv": 2**26, ".npz": 2**30}  # bytes, of archives unpacked too
 
 
 def read_bytes(path, what):
@@ -72,9 +71,6 @@ def write_atomically(path, content, previous=None):
         raise unwritable(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def unwritable(path, error):
@@ -172,8 +168,3 @@ def from_npz(content):
         raise ValueError("too large")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
-
-
-def to_npy(array):
-    np.save(buffer := io.BytesIO(), array)
-    return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -29,10 +29,7 @@ def seed_all(seed):
 @contextmanager
 def generators_kept(devices=()):
     """Leave every global generator as it was; devices: the GPUs whose are."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+    with torch.random.fork_rng(devices=devices), ExitStack() as at_end:
+        at_end.callback(random.setstate, random.getstate())
+        at_end.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
+        yield

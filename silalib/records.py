@@ -8,7 +8,7 @@ import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from .run import PROTOCOL, Run
 from .training.checkpoint import CHECKPOINTS, read_checkpoint
 
 AGAIN = "python -m silalib train, or ensure(), renames it and trains the run again"
+HALF = "net1_half.safetensors"  # Net1 in half precision: what git keeps of the weights of a few runs
 
 
 @dataclass(frozen=True)
@@ -63,81 +64,74 @@ class Record:
 
     def has(self, name):
         """Whether a file must be here, or is: weights and test.npz, which are large, may be absent."""
-        optional = {"weights.safetensors", "test.npz"}
-        optional |= {"features.npz"} if files.EVIDENCE in self.path.parents else set()
+        optional = ("weights.safetensors", "test.npz", *["features.npz"] * (files.EVIDENCE in self.path.parents))
         return name not in optional or (self.path / name).exists()
 
 
-_amount, _checksum = (lambda value: is_number(value, 0)), re.compile("[0-9a-f]{64}").fullmatch
-_percent, _count = (lambda value: is_number(value, 0, 100)), (lambda value: type(value) is int and value > 0)
-_ratio = lambda value: type(value) is float  # of what may be nothing: features in one point, a flat loss
-ORIGIN = {
-    "silalib": {"code": is_text, "commit?": is_text},
-    "kind?": lambda value: value in ("cpu", "cuda"),
-    "precision": re.compile(r"(bfloat16|float32)(\+(bfloat16|float32))*").fullmatch,
-    ...: lambda value: value is None or type(value) is bool or is_text(value) or is_number(value),
-} | dict.fromkeys(("device", "torch", "python"), is_text)
-PROVENANCE = ORIGIN | dict.fromkeys(("seconds", "seconds_final", "cpu_seconds?"), _amount)
-PROVENANCE |= {"parts?": [ORIGIN], "data_sha256": is_text, "train_images": _count, "finished": datetime.fromisoformat}
+_amount, _percent = partial(is_number, least=0), partial(is_number, least=0, most=100)
+_count, _ratio = (lambda value: type(value) is int and value > 0), (lambda value: type(value) is float)
+_plain = lambda value: value is None or type(value) is bool or is_text(value) or is_number(value)
+_precision = re.compile(r"(bfloat16|float32)(\+(bfloat16|float32))*").fullmatch
+ORIGIN = {"silalib": {"code": is_text, "commit?": is_text}, "device": is_text, "torch": is_text, "python": is_text}
+ORIGIN |= {"kind?": lambda value: value in ("cpu", "cuda"), "precision": _precision, ...: _plain}
+PROVENANCE = ORIGIN | {"seconds": _amount, "seconds_final": _amount, "cpu_seconds?": _amount, "parts?": [ORIGIN]}
+PROVENANCE |= {"data_sha256": is_text, "train_images": _count, "finished": datetime.fromisoformat}
 HEAD = {"network": is_text, "nll": _amount, "parameters": _count, "macs": _count, "temperature?": [is_number]}
-HEAD |= dict.fromkeys(("top1", "top2", "top5", "best"), _percent) | {...: is_number}
-HEAD |= dict.fromkeys(("test_concentration?", "train_concentration?"), _ratio)
-HEAD["curvature?"] = {"absolute_residual?": _ratio, "filter_residual?": _ratio, ...: is_number}
-MORE = ("run.json?", "noise.csv?", "budgeted.csv?", "features.npz?", "weights.safetensors?")
-FILES = dict.fromkeys(("history.csv", "test.npz", *MORE), _checksum)
-RESULT = {"heads": [HEAD], "ensemble?": {...: is_number}, "provenance": PROVENANCE, "files": FILES}
+HEAD |= {"test_concentration?": _ratio, "train_concentration?": _ratio}  # nothing, where the features are one point
+HEAD |= {"curvature?": {"absolute_residual?": _ratio, "filter_residual?": _ratio, ...: is_number}}  # or the loss flat
+HEAD |= {"top1": _percent, "top2": _percent, "top5": _percent, "best": _percent, ...: is_number}
+FILES = ("history.csv", "test.npz", "run.json?", "noise.csv?", "budgeted.csv?", "features.npz?", "weights.safetensors?")
+RESULT = {"heads": [HEAD], "ensemble?": {...: is_number}, "provenance": PROVENANCE}
+RESULT |= {"files": dict.fromkeys(FILES, re.compile("[0-9a-f]{64}").fullmatch)}
 """The form of result.json, see `fits`: what it names are all files that a record may have."""
-
 HISTORY = ["epoch", "head", "lr", "train_nll", "z_y", "alpha", "gap", "equation5", "gradient", "test_nll", "test_top1"]
 
 
 def validate(record):
     """Raise CorruptFile unless every file has the form that training writes: names, types, lengths, finite numbers."""
-    run, heads, drawn = record.run, range(record.run.n_heads), set(record.run.nets) == {"convnet12"}  # in Figure 6
-    budgeted = run.holdout and run.nets[0] in EXITS
-    needed = {"noise.csv": run.noise_images, "budgeted.csv": budgeted, "features.npz": drawn}
-    of_heads = lambda shape, *names: dict.fromkeys((f"{name}_{k}" for name in names for k in heads), shape)
-
-    def result():
-        named = [head["network"] for head in record.heads if "test_concentration" in head or not drawn]
-        here = all(name in record.result["files"] for name in needed if needed[name])
-        return here and named == [run.nets[run.slot(head)] for head in heads]
-
-    def test():
-        n = (len(record.test["labels"]),)
-        shapes = {"labels": n} | of_heads(n, "log_probability", "confidence", "predicted", "top5", "s")
-        if held := (run.holdout,) if run.holdout else None:
-            shapes |= {"calibration_labels": held} | of_heads(held, "calibration_confidence", "calibration_predicted")
-        more = of_heads(n, "offset") | dict.fromkeys(("ensemble_predicted", "ensemble_confidence"), n)
-        return n[0] > 0 and _have_shapes(record.test, shapes, more)
-
-    def features():
-        classes, width = dataset(run.dataset).classes, 2 if drawn else record.features["weight_0"].shape[1]
-        shapes = of_heads((classes, width), "weight") | of_heads((classes,), "bias")
-        for name in ("test", "train"):
-            n = len(record.features[f"{name}_labels"])
-            shapes |= {f"{name}_labels": (n,)} | of_heads((n, width), name)
-        return _have_shapes(record.features, shapes)
-
-    epochs, draws = range(1, run.epochs + 1), range(run.noise_sigmas * run.noise_draws + 1)
-    noises = [(head, kind) for head, kind, _ in product(heads, ("absolute", "filter"), draws)]
-    limits = ["q", "macs", "top1", *of_heads(None, "threshold", "share")]
-    for name, is_whole in {
-        "result.json": result,
-        "history.csv": lambda: _is_table(record.history, HISTORY, list(product(epochs, heads))),
-        "noise.csv": lambda: _is_table(record.noise, ["head", "kind", "sigma", "draw", "nll", "top1"], noises),
-        "budgeted.csv": lambda: _is_table(record.budgeted, limits),
-        "test.npz": test,
-        "features.npz": features,
-    }.items():
+    for name in ("result.json", *filter(record.has, record.result["files"])):
         try:
-            whole = name not in (*record.result["files"], "result.json") or not record.has(name) or is_whole()
+            whole = _is_whole(record, name)
         except UserError:
             raise
         except Exception:  # whatever a stranger's file brings about
             whole = False
         if not whole:
             raise CorruptFile(record.path / name, AGAIN)
+
+
+def _is_whole(record, name):
+    run, heads, drawn = record.run, range(record.run.n_heads), set(record.run.nets) == {"convnet12"}  # in Figure 6
+    each = lambda names, *shape: {f"{name}_{k}": shape for name in names.split() for k in heads}
+    if name == "result.json":
+        budgeted = run.holdout and run.nets[0] in EXITS
+        needed = {"noise.csv": run.noise_images, "budgeted.csv": budgeted, "features.npz": drawn}
+        named = [head["network"] for head in record.heads if "test_concentration" in head or not drawn]
+        here = {name for name in needed if needed[name]} <= record.result["files"].keys()
+        return here and named == [run.nets[run.slot(head)] for head in heads]
+    if name == "history.csv":
+        return _is_table(record.history, HISTORY, list(product(range(1, run.epochs + 1), heads)))
+    if name == "noise.csv":
+        draws = range(run.noise_sigmas * run.noise_draws + 1)
+        rows = [(head, kind) for head, kind, _ in product(heads, ("absolute", "filter"), draws)]
+        return _is_table(record.noise, ["head", "kind", "sigma", "draw", "nll", "top1"], rows)
+    if name == "budgeted.csv":
+        return _is_table(record.budgeted, ["q", "macs", "top1", *each("threshold share")])
+    if name == "test.npz":
+        n, held = len(record.test["labels"]), run.holdout
+        shapes = {"labels": (n,)} | each("log_probability confidence predicted top5 s", n)
+        if held:
+            shapes |= {"calibration_labels": (held,)} | each("calibration_confidence calibration_predicted", held)
+        more = {"ensemble_predicted": (n,), "ensemble_confidence": (n,)} | each("offset", n)
+        return n > 0 and _have_shapes(record.test, shapes, more)
+    if name == "features.npz":
+        classes, width = dataset(run.dataset).classes, 2 if drawn else record.features["weight_0"].shape[1]
+        shapes = each("weight", classes, width) | each("bias", classes)
+        for split in ("test", "train"):
+            n = len(record.features[f"{split}_labels"])
+            shapes |= {f"{split}_labels": (n,)} | each(split, n, width)
+        return _have_shapes(record.features, shapes)
+    return True  # run.json is read before, the weights by `load_network`
 
 
 def _is_table(table, columns, rows=None):
@@ -185,7 +179,6 @@ def begun(folder):
 
 
 def remove_leftovers(folder):
-    """All checkpoints of a run, and why it failed."""
     for leftover in (*folder.glob("checkpoint*.pt"), folder / "failed.json"):
         leftover.unlink(missing_ok=True)
 
@@ -265,16 +258,15 @@ def state(run, profile=None):
 
 def failure(run, profile=None):
     """Why a run has failed: what `write_failure` wrote, "error" in one line; or None."""
-    path = next((path for folder in folders(run, profile) if (path := folder / "failed.json").exists()), None)
-    if path is None:
-        return None
-    with suppress(UserError, ValueError, RecursionError):
-        found = json.loads(read_bytes(path, AGAIN))
-        if fits(found, {"error": lambda value: isinstance(value, str), ...: lambda value: True}):
-            if not all(is_number(found.get(name)) for name in ("epoch", "step", "lr")):
-                found.pop("lr", None)  # without which no place is told
-            return found | {"error": printable(found["error"])[:1000]}
-    return {"error": f"{path} is damaged, so the reason is not known"}
+    for path in filter(Path.exists, [folder / "failed.json" for folder in folders(run, profile)]):
+        with suppress(UserError, ValueError, RecursionError):
+            found = json.loads(read_bytes(path, AGAIN))
+            if isinstance(found, dict) and isinstance(found.get("error"), str):
+                if not all(is_number(found.get(name)) for name in ("epoch", "step", "lr")):
+                    found.pop("lr", None)  # without which no place is told
+                return found | {"error": printable(found["error"])[:1000]}
+        return {"error": f"{path} is damaged, so the reason is not known"}
+    return None
 
 
 def write_failure(folder, error, **details):
@@ -310,10 +302,9 @@ def lock(folder, wait=lambda: False, message=lambda text: None):
 
 
 def load_network(run, head=0):
-    """The trained network `head` of a finished run, in evaluation mode, on the CPU.
-    It takes uint8 images (B, C, H, W), or floats from 0 to 1, and gives logits (B, N), or a tuple with those of every
-    exit; it is a Sequential of the normalisation and the bare network. Where git has kept it alone, Net1 is one in
-    half precision. Raises UserError where no weights were kept."""
+    """The trained network `head` of a finished run, in evaluation mode, on the CPU: a Sequential of the normalisation
+    and the bare network, from uint8 images (B, C, H, W), or floats from 0 to 1, to logits (B, N), or a tuple of those
+    of every exit. Net1 is in half precision where git has kept it alone. Raises UserError without weights."""
     record = load(run)
     if not 0 <= head < len(run.nets):
         known = f"heads 0 to {len(run.nets) - 1}" if len(run.nets) > 1 else "one network: leave head at 0"
@@ -330,6 +321,3 @@ def load_network(run, head=0):
         return torch.nn.Sequential(Normalise(tensors["mean"], tensors["std"]), network).eval()
     except (SafetensorError, RuntimeError, LookupError, OSError, ValueError):
         raise CorruptFile(path, AGAIN) from None
-
-
-HALF = "net1_half.safetensors"  # Net1 in half precision: what git keeps of the weights of a few runs

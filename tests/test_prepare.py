@@ -760,7 +760,7 @@ def test_labels_out_of_range_are_refused(tree, data_folder):
     for wrong in (-1, 3):
         labels = np.load(path)
         labels[0] = wrong
-        path.write_bytes(files.to_npy(labels))
+        np.save(path, labels)
         description = json.loads((folder / "dataset.json").read_bytes())
         description["files"]["train_labels.npy"] = files.sha256(path.read_bytes())
         files.write_sealed(folder / "dataset.json", description)

@@ -17,7 +17,7 @@ from ..training import execution, provenance
 from . import torchrun
 from .estimate import cost, seconds_left
 from .processes import cpu_cores, interruptible, whole_number
-from .progress import Progress
+from .progress import Progress, duration
 from .ray_cluster import in_cluster
 from .workers import UNLIKE, Job, Schedule, in_this_process, in_workers
 
@@ -27,7 +27,6 @@ def ensure(
     backend="local", ray_address=None, gpus_per_run=None, graphs=True,
 ):  # fmt: skip
     """Records of the runs, as a dict in their order: finished ones are loaded, unfinished resumed, missing trained.
-
     A damaged record becomes *.corrupt, and its run is trained again. profile: the folder under results/ for new ones.
     device: "auto", "cpu", "cuda" or "cuda:1". train: False only loads, and leaves out runs without a whole record.
     workers: runs trained at once, by default one per CPU core (one thread each) or GPU; more share the GPUs in turn.
@@ -36,8 +35,7 @@ def ensure(
     backend: "local", or "ray" for a Ray cluster, at ray_address or as `in_cluster` finds it, with gpus_per_run of its
     GPUs, 1 by default, 0.5 to share one; workers is then how many runs are under way, by default as many as fit.
     graphs: whether a GPU may replay steps as CUDA graphs; a run whose graph cannot be captured is done without.
-    Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing finished is lost.
-    """
+    Raises MissingData, Stopped (work is left, checkpointed), or UserError when a run failed; nothing done is lost."""
     experiments.check_profile(profile)
     runs = [None] if isinstance(runs, Run) else list(dict.fromkeys(runs))
     if not all(isinstance(run, Run) for run in runs):
@@ -47,8 +45,7 @@ def ensure(
         ray = partial(in_cluster, address=ray_address, gpus_per_run=gpus_per_run) if backend == "ray" else None
         damaged = lambda run: isinstance(records.damage(run, profile=profile), CorruptFile)
         pending = [run for run in runs if records.find(run) is None or damaged(run)]
-        more = dict(only_whole=only_whole, retry=retry, graphs=graphs)
-        train_all(pending, profile, device, workers, budget, ray, **more)
+        train_all(pending, profile, device, workers, budget, ray, only_whole=only_whole, retry=retry, graphs=graphs)
     found = {}
     for run in filter(records.find, runs):
         try:
@@ -61,21 +58,18 @@ def ensure(
 
 
 def check_settings(runs, workers, budget, backend, ray_address, gpus_per_run):
-    for name, value, kind, least, what in [
-        ("workers", workers, int, 1, "a whole number from 1"),
-        ("budget", budget, (int, float), 1e-9, "a number of seconds above 0"),
-        ("gpus_per_run", gpus_per_run, (int, float), 0, "a number from 0"),
-    ]:
-        if value is not None and not (isinstance(value, kind) and value >= least):
-            raise UserError(f"{name} must be {what}, or None, not {value!r}")
-    of_ray, size = (ray_address, gpus_per_run) != (None, None), torchrun.size()
+    wrong = lambda value, least, *kinds: value is not None and not (isinstance(value, kinds) and value >= least)
+    size, local, of_ray = torchrun.size(), backend == "local", (ray_address, gpus_per_run)
     most = max((len(run.nets) for run in runs), default=size)
     more = f"no run here has more than {most} network{'s' if most > 1 else ''}: use --nproc-per-node {most}"
     together = "torchrun's processes train the runs together: leave out --workers and --backend ray"
     for bad, message in [
+        (wrong(workers, 1, int), f"workers must be a whole number from 1, or None, not {workers!r}"),
+        (wrong(budget, 1e-9, int, float), f"budget must be a number of seconds above 0, or None, not {budget!r}"),
+        (wrong(gpus_per_run, 0, int, float), f"gpus_per_run must be a number from 0, or None, not {gpus_per_run!r}"),
         (backend not in ("local", "ray"), f"unknown backend {backend!r}: use local or ray"),
-        (backend == "local" and of_ray, "ray_address and gpus_per_run belong to the backend ray"),
-        (size > 1 and (workers or backend == "ray"), together),
+        (local and of_ray != (None, None), "ray_address and gpus_per_run belong to the backend ray"),
+        (size > 1 and (workers or not local), together),
         (size > most, f"torchrun started {size} processes, but {more}"),
     ]:
         if bad:
@@ -92,9 +86,8 @@ def train_all(pending, profile, device="auto", workers=None, budget=None, ray=No
             data.download(name)
         except MissingData as error:
             missing[name] = error
-    folder = results_folder(profile) / "runs"
-    here = in_turns([run for run in pending if run.dataset not in missing], profile)
-    begun = trained_alike(here, profile, folder)
+    folder, here = results_folder(profile) / "runs", [run for run in pending if run.dataset not in missing]
+    here, begun = in_turns(here, profile), trained_alike(here, profile, folder)
     if refused := [run for run in here if place and begun[run][0] not in (None, place.type)]:
         refusal = f"{len(refused)} {of_all} are refused on {place.type}: {UNLIKE.format(begun[refused[0]][0])}"
         print(refusal, file=sys.stderr, flush=True)
@@ -107,7 +100,7 @@ def train_all(pending, profile, device="auto", workers=None, budget=None, ray=No
         with closing(progress.bar), interruptible() as stopped:
             schedule = Schedule(here, job, stopped, progress)
             (ray or (in_this_process if workers == 1 else in_workers))(schedule, workers)
-            outcomes = schedule.outcomes
+        outcomes = schedule.outcomes
     left = [run for run in here if isinstance(outcomes.get(run, Stopped()), Stopped)]
     if failed := [outcomes[run] for run in here if run not in left and isinstance(outcomes[run], Exception)]:
         raise UserError(f"{len(failed)} {of_all} failed, the first: {failed[0]}")
@@ -137,6 +130,13 @@ def share(place, workers, runs):
     most = None if together else whole_number("OMP_NUM_THREADS")
     threads = max(1, cpu_cores() // beside) if cpu else 1
     return 1 if together else min(beside, runs), min(threads, most or threads)
+
+
+def training_time(pending, device, workers):
+    """About how long the runs take here, in words; those on data that must be one's own and are not here left out."""
+    here = [run for run in pending if not data.dataset(run.dataset).prepared or data.is_available(run.dataset)]
+    at_once, _ = share(execution.pick_device(device), workers, max(1, len(here)))
+    return duration(sum(seconds_left(here, {}).values()) / at_once)
 
 
 def trained_alike(pending, profile, folder):

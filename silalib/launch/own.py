@@ -78,7 +78,6 @@ class Samples:
             yield tree_map(lambda leaf: leaf.to(self.device) if hasattr(leaf, "to") else leaf, batch)
 
     def target(self, batch):
-        """The labels (B,) of a batch."""
         last = batch[-1] if isinstance(batch, (list, tuple)) else None
         target = batch.get("labels") if isinstance(batch, dict) else last
         if not torch.is_tensor(target) or target.dim() != 1 or target.is_floating_point():
@@ -128,7 +127,6 @@ class Task(SimpleNamespace):
     dataset, config, n_heads = "its own", property(lambda self: self.key), property(lambda self: len(self.heads))
     steps_per_epoch = property(lambda self: math.ceil(len(self.splits["train"]) / self.batch_size))
     checksum = property(lambda self: "".join(split.checksum for split in self.splits.values()))
-
     learning_rate = lambda self, step: float(self.optimizers[0][0].param_groups[0]["lr"])
     inputs = lambda self, batch, channels_last: batch
     __str__ = lambda self: f"{self.method} seed {self.seed}"

@@ -1,8 +1,8 @@
 """Prepare a folder of images, train/<class>/* and val/<class>/*, as a data set: decoded once, into uint8 arrays.
-
 shards/ holds plan.json, decoded images and, once all are decoded, skipped.json. Each shard is then copied into its
 array, flushed and only then removed: what resumes after any interruption ends with the same bytes."""
 
+import io
 import math
 import os
 import re
@@ -10,18 +10,20 @@ import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import PIL
 from filelock import FileLock, Timeout
 from PIL import Image
+from scipy.io import loadmat
 from tqdm import tqdm
 
 from ..data import DATASETS, data_folder, load
 from ..data.prepared import FILES, checksums, describe, verify
 from ..errors import CorruptFile, Stopped, UserError, printable
-from ..files import quarantine, read_sealed, sha256, to_npy, unwritable, write_atomically, write_sealed
+from ..files import quarantine, read_sealed, sha256, unwritable, write_atomically, write_sealed
 from .processes import cpu_cores, finished, interruptible
 
 IMAGE = re.compile(r"[^.].*\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)", re.IGNORECASE | re.DOTALL)
@@ -31,7 +33,7 @@ JUNK = re.compile(r"\..*|__MACOSX|__pycache__|@eaDir|\$RECYCLE\.BIN|System Volum
 
 def list_images(source, first=None):
     """(names of the classes, {"train", "test"} -> [(path below `source`, number of its class), ...]).
-    val/ may also hold the images themselves where ImageNet's `ground_truth` is found.
+    Without class folders, the images in val/ have those of ImageNet's `ground_truth`.
     first: only so many classes, the first WordNet ids. Raises UserError for a folder of another form."""
     train, val = source / "train", source / "val"
     for folder in (source, train, val):
@@ -48,7 +50,13 @@ def list_images(source, first=None):
     elif unknown := sorted(set(in_val) - set(classes)):
         raise UserError(f"{val / unknown[0]} is of a class that {train} does not have")
     in_folders = lambda split: [(path, i) for i, name in enumerate(classes) for path in _below(split / name, source)]
-    images = {"train": in_folders(train), "test": in_folders(val) if in_val else _flat(val, source, classes)}
+    images = {"train": in_folders(train), "test": in_folders(val)}
+    if not in_val:
+        truth, flat = ground_truth(val), _below(val, source)
+        if unknown := [path for path in flat if Path(path).stem not in truth]:
+            raise UserError(f"{source / unknown[0]} is not in ImageNet's ground truth")
+        rows = [(path, classes.index(name)) for path in flat if (name := truth[Path(path).stem]) in classes]
+        images["test"] = sorted(rows, key=itemgetter(1))
     for folder, rows in zip((train, val), images.values()):
         if lacking := set(range(len(classes))) - {label for _, label in rows}:
             raise UserError(f"class {classes[min(lacking)]} has no images in {folder}")
@@ -56,22 +64,11 @@ def list_images(source, first=None):
 
 
 def _below(folder, source):
-    """The paths of the images in a folder and in those below, from `source`, sorted."""
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not JUNK.fullmatch(name)]
         found += [Path(where, name) for name in names if IMAGE.fullmatch(name)]
     return [path.relative_to(source).as_posix() for path in sorted(found)]
-
-
-def _flat(val, source, classes):
-    """The images of a val/ without class folders, sorted by class."""
-    truth, labels, rows = ground_truth(val), {name: i for i, name in enumerate(classes)}, []
-    for path in _below(val, source):
-        if (name := truth.get(Path(path).stem)) is None:
-            raise UserError(f"{source / path} is not in ImageNet's ground truth")
-        rows += [(path, labels[name])] if name in labels else []
-    return sorted(rows, key=lambda row: row[1])
 
 
 def ground_truth(val):
@@ -83,8 +80,6 @@ def ground_truth(val):
         for devkit in ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data", "."):
             numbers, meta = (base / devkit / n for n in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
             if numbers.is_file() and meta.is_file():
-                from scipy.io import loadmat
-
                 try:
                     synsets = loadmat(meta, squeeze_me=True)["synsets"]
                     ids = {str(int(synset["ILSVRC2012_ID"])): str(synset["WNID"]) for synset in synsets}
@@ -98,14 +93,12 @@ def ground_truth(val):
 
 def _lines(path, pattern):
     """The match of each line that is not blank. Raises UserError for one that is of another form."""
-    matches = []
     for number, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
         if text := line.strip():
-            matches.append(re.fullmatch(pattern, text))
-            if not matches[-1]:
-                where = f"{path}, line {number}: {text[:60]!r}"
-                raise UserError(f"{where} is not of ImageNet's ground truth: take it again")
-    return matches
+            if not (match := re.fullmatch(pattern, text)):
+                what = f"{text[:60]!r} is not of ImageNet's ground truth: take it again"
+                raise UserError(f"{path}, line {number}: {what}")
+            yield match
 
 
 def decode(path, size, square=None):
@@ -140,8 +133,8 @@ def in_8_bits(image):
     top = told or (1 if image.mode == "F" else 255 if several else 2**bits - 1)
     sure = told or top == 1 or (bits <= 16 and (image.format != "TIFF" or values[..., :3].max() > top / 2))
     if not sure or not 0 <= values.min() <= values.max() <= top:
-        how = "save it in 8 bits, or with SMaxSampleValue"
-        raise ValueError(f"the range of its {bits}-bit pixels cannot be told: {how}")
+        reason = f"the range of its {bits}-bit pixels cannot be told"
+        raise ValueError(f"{reason}: save it in 8 bits, or with SMaxSampleValue")
     values = top - values if tags.get(PHOTOMETRIC) == 0 else values
     return image if several else Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
@@ -151,8 +144,8 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128)
     "imagenet100" takes the first hundred classes of an ImageNet at 224 pixels: resized to 256x256, the centre cut out.
     Any other name takes all classes at `size` pixels: the shorter side resized to it, the centre cut out.
     skip_broken: leave out images that cannot be decoded. workers: threads, by default one per CPU core. chunk: images
-    in a shard. Where the data set is complete, its content is verified. Raises Stopped after SIGINT or SIGTERM,
-    UserError for what the user can mend; nothing that is decoded gets lost."""
+    in a shard. A complete data set is verified. Raises Stopped after SIGINT or SIGTERM, UserError for what the user can
+    mend; nothing that is decoded gets lost."""
     taken = {*DATASETS, "folder", *(Path(spec.folder).parts[0].lower() for spec in DATASETS.values() if spec.folder)}
     title, square, first = name, None, None
     if name == "imagenet100":
@@ -182,7 +175,6 @@ def prepare(name, source, size=None, skip_broken=False, workers=None, chunk=128)
 
 
 def _check(folder, plan):
-    """Verify a complete data set. What is damaged, and dataset.json, becomes *.corrupt; another plan is a UserError."""
     try:
         if describe(folder)["plan"] != plan:
             raise UserError(f"{folder} was prepared from other files or at another size: delete it, or change --name")
@@ -247,7 +239,6 @@ def _decode_missing(shards, source, plan, workers):
 
 
 def _decode_shard(shard, rows, source, plan):
-    """Write the pixels of the images that can be decoded to the file `shard`. Returns {path: error} of the others."""
     pixels, broken = [], {}
     for path, _ in rows:
         try:
@@ -278,7 +269,8 @@ def _finish(folder, names, plan, shards, skipped):
                     os.fsync(file.fileno())
                     shard.unlink()
                 offset += size
-        write_atomically(folder / f"{split}_labels.npy", to_npy(labels))
+        np.save(content := io.BytesIO(), labels)
+        write_atomically(folder / f"{split}_labels.npy", content.getvalue())
         counts[split] = len(labels)
     made = {"skipped": skipped, "plan": plan, "decoder": f"Pillow {PIL.__version__}", "files": checksums(folder)}
     write_sealed(folder / "dataset.json", names | {"image": [3, *image[:2]]} | counts | made)

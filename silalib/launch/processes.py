@@ -5,7 +5,7 @@ import signal
 import threading
 import warnings
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 
 def cpu_cores():
@@ -24,21 +24,20 @@ def whole_number(variable):
 @contextmanager
 def interruptible():
     """An event that SIGINT and SIGTERM set, so that training stops at the next batch; a second one acts as usual."""
-    stopped, main = threading.Event(), threading.current_thread() is threading.main_thread()
-    usual = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    stopped, usual = threading.Event(), {}
 
     def ask(number, frame):
         stopped.set()
         os.write(2, b"\nstopping after this step ...\n")  # print() must not be called in a signal handler
         signal.signal(number, usual[number])
 
-    try:
-        for number in usual:
-            signal.signal(number, ask)
+    with ExitStack() as at_end:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                usual[number] = signal.getsignal(number)
+                at_end.callback(signal.signal, number, usual[number])
+                signal.signal(number, ask)
         yield stopped
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 def finished(futures, stopped, tick=lambda: None):

@@ -29,14 +29,13 @@ class Progress:
     def __init__(self, costs, clock=time.monotonic):
         from tqdm.auto import tqdm
 
-        self.costs, self.clock = costs, clock
+        self.costs, self.clock, self.started, self.last_line = costs, clock, None, clock()
         self.share, self.at_start = dict.fromkeys(costs, 0.0), {}  # of each run, from 0 to 1; of a resumed one at first
         self.accuracy, self.ended = {}, 0  # of each run after its last epoch; how many have ended
-        self.started, self.last_line = None, clock()
         self.notebook = hasattr(sys.modules.get("ipykernel"), "kernelapp")  # whether this is a Jupyter kernel
         hidden = not (self.notebook or sys.stderr.isatty()) or bool(os.environ.get("TQDM_DISABLE"))
-        width = "" if self.notebook else ":10"  # a terminal's would shrink to nothing beside the text
-        bar = "{percentage:3.0f}%|{bar" + width + "}| {elapsed}{postfix}"
+        bar = "{bar}" if self.notebook else "{bar:10}"  # a terminal's would shrink to nothing beside the text
+        bar = f"{{percentage:3.0f}}%|{bar}| {{elapsed}}{{postfix}}"
         self.bar = tqdm(total=100, bar_format=bar, leave=False, disable=hidden)
 
     def message(self, run, text=None, step=0, total=1, top1=None, resumed=False, final=None):
@@ -67,8 +66,7 @@ class Progress:
         return sum(share * self.costs[run] for run, share in shares.items()) / sum(self.costs.values())
 
     def left(self):
-        """Time left, from what was trained since the first message: until then workers start."""
-        self.started = self.clock() if self.started is None else self.started
+        self.started = self.clock() if self.started is None else self.started  # until the first message workers start
         done, elapsed = self.weighted(self.share), self.clock() - self.started
         trained = done - self.weighted(self.at_start)
         told = trained >= 0.01 and elapsed >= 3 and done < 1

@@ -1,5 +1,4 @@
 """Runs over the machines of a Ray cluster: each is a task, resubmitted when its worker or machine dies.
-
 The driver holds a run's lock and writes its record. Checkpoints lie in the results folder where the worker sees it, so
 that a resubmitted run resumes; else in the worker's scratch folder, from which those of a stopped run come back."""
 
@@ -22,14 +21,13 @@ from ..training import execution, trainer
 from ..training.checkpoint import CHECKPOINTS
 from .workers import UNLIKE, attempt, in_pool
 
-RETRIES = 3  # after a worker or node died
-LISTEN_SECONDS = 0.5  # how often a worker asks whether to stop
+RETRIES, LISTEN_SECONDS = 3, 0.5  # after a worker or node died; how often a worker asks whether to stop
 
 
 def in_cluster(schedule, workers, address=None, gpus_per_run=None, shared=True):
     """Train what waits in the schedule on a Ray cluster; `workers` runs at a time, or None for all.
     address None: the cluster of RAY_ADDRESS or the one started on this machine, else one is started for the time.
-    gpus_per_run, a fraction is fine: by default one where the cluster has GPUs and the device is not the CPU.
+    gpus_per_run may be a fraction: by default one where the cluster has GPUs and the device is not the CPU.
     shared: False where no worker sees the results folder; by default each finds out."""
     try:
         import ray
@@ -38,7 +36,14 @@ def in_cluster(schedule, workers, address=None, gpus_per_run=None, shared=True):
     with ExitStack() as at_end:
         if not ray.is_initialized():
             at_end.callback(ray.shutdown)
-            join(ray, address)
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            try:
+                if place := re.fullmatch(r"([\w.-]+):(\d+)", address or ""):  # Ray itself would try for minutes
+                    socket.create_connection((place[1], int(place[2])), timeout=5).close()
+                ray.init(address, log_to_driver=False, logging_level="ERROR")
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = (str(error).splitlines() or ["no answer"])[0]
+                raise UserError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
         machines = sum(node["Alive"] for node in ray.nodes())
         cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
         schedule.progress.line(f"Ray: {machines} machines, {cpus:g} CPU cores, {gpus:g} GPUs")
@@ -46,17 +51,6 @@ def in_cluster(schedule, workers, address=None, gpus_per_run=None, shared=True):
         if each > gpus:
             raise UserError(f"{each:g} GPUs a run, but the cluster has {gpus:g}")
         submit_all(ray, schedule, workers or len(schedule.waiting), float(each), shared)
-
-
-def join(ray, address):
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        if place := re.fullmatch(r"([\w.-]+):(\d+)", address or ""):  # Ray itself would try for minutes
-            socket.create_connection((place[1], int(place[2])), timeout=5).close()
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["no answer"])[0]
-        raise UserError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
 
 
 def submit_all(ray, schedule, workers, gpus, shared):
@@ -85,16 +79,13 @@ def submit_all(ray, schedule, workers, gpus, shared):
             raise result
         return result, files
 
-    def submit(job, run):
-        tell = lambda **message: messages.put(message)
-        return pool.submit(attempt, replace(job, train_by=by_task), run, schedule.stopped.is_set, tell)
-
+    tell, stopped = (lambda **message: messages.put(message)), schedule.stopped.is_set
+    submit = lambda job, run: pool.submit(attempt, replace(job, train_by=by_task), run, stopped, tell)
     with ThreadPoolExecutor(workers) as pool:
         in_pool(schedule, workers, submit, messages, lambda: stops.empty() and stops.put(True))
 
 
 def saved_in(folder):
-    """The checkpoints in a folder, by name."""
     return {name: (folder / name).read_bytes() for name in CHECKPOINTS if (folder / name).exists()}
 
 

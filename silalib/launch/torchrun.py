@@ -18,18 +18,13 @@ def size():
     return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
-def own_gpu(name, place):
-    """The device of the process at a place, from 0: where several GPUs are meant, they are taken in turn."""
+def own_gpu(name, place=None):
+    """The device of the process at a place, from 0, by default that of torchrun: GPUs are taken in turn."""
     device = execution.pick_device(name)
-    several = device.type == "cuda" and device.index is None
-    return torch.device("cuda", place % torch.cuda.device_count()) if several else device
-
-
-def pick_device(name):
-    """The device of this process: with "auto" or "cuda" the GPU of its number on this machine, if there are GPUs."""
-    if name.startswith("cuda:"):
+    if place is None and device.index is not None:
         raise UserError(f"device {name} is one GPU for {size()} processes: use --device auto")
-    return own_gpu(name, int(os.environ["LOCAL_RANK"]))
+    place, several = os.environ.get("LOCAL_RANK") if place is None else place, device == torch.device("cuda")
+    return torch.device("cuda", int(place) % torch.cuda.device_count()) if several else device
 
 
 @contextmanager
@@ -51,7 +46,7 @@ def leading(device):
 
 def connect(device):
     """Join the processes that torchrun has started, which ends all when one dies: they wait as long as it takes."""
-    device, backend = pick_device(device), "gloo"
+    device, backend = own_gpu(device), "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count() else "gloo"
@@ -69,7 +64,7 @@ def train(run, folder, device, *, stop, progress, graphs, **how):
     """`trainer.train` by all processes, called by the first; a run of another number of networks it trains alone."""
     if len(run.nets) != size():
         progress(run=run, text=f"{len(run.nets)} of {size()} processes are needed: the first one trains it alone")
-        return trainer.train(run, folder, pick_device(device), stop=stop, progress=progress, graphs=graphs, **how)
+        return trainer.train(run, folder, own_gpu(device), stop=stop, progress=progress, graphs=graphs, **how)
     progress(run=run, text=f"network-parallel on {size()} processes")
     say((run, folder, device, torch.get_num_threads(), how["bf16"]))
     return together(run, folder, device, stop=stop, progress=progress, **how)  # not graphs: they cannot hold messages
@@ -89,7 +84,7 @@ def follow(device):
 
 def together(run, folder, device, **how):
     try:
-        return trainer.train(run, folder, pick_device(device), ranks=Ranks(parallel=True), **how)
+        return trainer.train(run, folder, own_gpu(device), ranks=Ranks(parallel=True), **how)
     except (Stopped, trainer.Diverged):  # in all processes alike
         raise
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # in this process alone, maybe: the others would wait

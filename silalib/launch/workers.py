@@ -8,9 +8,10 @@ import signal
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -89,8 +90,7 @@ def attempt(job, run, stopped, tell):
         text = f"{run}: {line} (an internal error; more in {folder / 'failed.json'})"
         if torchrun.size() > 1:  # the other processes may wait for this one: torchrun ends them when it ends
             raise SystemExit(f"silalib: error: {text}") from None
-        spoilt = isinstance(error, torch.AcceleratorError)  # every later call to the GPU fails too
-        return ProcessSpoilt(text) if spoilt else UserError(text)
+        return (ProcessSpoilt if isinstance(error, torch.AcceleratorError) else UserError)(text)
 
 
 class Schedule:
@@ -99,14 +99,13 @@ class Schedule:
     def __init__(self, pending, job, stopped, progress):
         self.waiting, self.job, self.stopped, self.progress = list(pending), job, stopped, progress
         self.outcomes, self.eager = {}, set()
-        self.seconds = {}  # of a unit of cost: network -> those of the slowest run
+        self.seconds = Counter()  # of a unit of cost: network -> those of the slowest run
 
     def next(self):
         """(run, job) of the next run to train; None where nothing waits any more, or training was stopped."""
         while self.waiting and not self.stopped.is_set():
             run = self.waiting.pop(0)
-            needed = self.seconds.get(run.nets[0], 0) * cost(run)
-            late = self.job.only_whole and time.time() + needed > self.job.deadline
+            late = self.job.only_whole and time.time() + self.seconds[run.nets[0]] * cost(run) > self.job.deadline
             if not late or records.state(run) != "pending":  # one that has a checkpoint finds out by itself
                 return run, replace(self.job, graphs=self.job.graphs and run not in self.eager)
             self.outcomes[run] = Stopped("it would not end in the budget")
@@ -120,30 +119,27 @@ class Schedule:
             self.progress.message(run=run, text=f"{outcome}: done again without, in another process")
             return False
         self.outcomes[run] = outcome
-        failed = isinstance(outcome, Exception)
         if isinstance(outcome, (NoRoom, NoDevice)):  # the other runs have none either
             self.stopped.set()
-        with suppress(UserError):
-            if not failed:
-                origin = records.load(run).result["provenance"]
+        if not isinstance(outcome, Exception):
+            with suppress(UserError):
+                origin, net = records.load(run).result["provenance"], run.nets[0]
                 speed = (origin["seconds"] + origin["seconds_final"]) / cost(run)
-                self.seconds[run.nets[0]] = max(speed, self.seconds.get(run.nets[0], 0))
+                self.seconds[net] = max(speed, self.seconds[net])
         if not isinstance(outcome, Stopped):
-            self.progress.finish(run, f"failed: {outcome}" if failed else outcome)
+            self.progress.finish(run, f"failed: {outcome}" if isinstance(outcome, Exception) else outcome)
         return not isinstance(outcome, ProcessSpoilt)
 
 
 def in_this_process(schedule, workers=1):
     """Train what waits here, one run after the other, until the process is spoilt; then in a fresh one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(schedule.job.threads)
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(schedule.job.threads)
         while chosen := schedule.next():
             run, job = chosen
             if not schedule.end(run, attempt(job, run, schedule.stopped.is_set, schedule.progress.message)):
                 in_workers(schedule, 1)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def in_workers(schedule, workers):
@@ -187,16 +183,16 @@ def in_pool(schedule, workers, submit, messages, stop):
 
 def start(messages, places, stop):
     """In a new worker: its place, from 0, chooses its GPU; signals are left to the main process, with which it ends."""
+
+    def exit_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # at any moment: the run resumes from its last checkpoint
+
     global _messages, _place, _stop
     _messages, _place, _stop = messages, places.get(), stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def exit_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)  # at any moment: the run resumes from its last checkpoint
 
 
 def work(job, run):
