@@ -197,17 +197,23 @@ def mend_streams():
             stream.reconfigure(errors="backslashreplace")
 
 
+def act(options):
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["RANK"]):  # not the first of torchrun's processes
+        if "retry" in options and not getattr(options, "no_train", False):
+            from .launch import torchrun
+
+            torchrun.follow(options.device)
+        return 0
+    return options.action(options)
+
+
 def main(arguments=None):
     mend_streams()
     try:
-        options = parser().parse_args(arguments)
-        if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["RANK"]):  # not the first of torchrun's processes
-            if "retry" in options and not getattr(options, "no_train", False):
-                from .launch import torchrun
-
-                torchrun.follow(options.device)
-            return 0
-        return options.action(options) or 0
+        try:
+            return act(parser().parse_args(arguments)) or 0
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is expected
     except (Stopped, KeyboardInterrupt) as error:
         line, code = str(error) or "interrupted; start again to go on", STOPPED
     except UserError as error:

@@ -18,7 +18,7 @@ def recall():
     """{"lines", "markdown", "picture" (SVG)} from results/answer.json while the records are those that it was made of;
     else made anew, and kept there. A results folder without such records has the answer that came with the code."""
     folder = own = results_folder("*").parent
-    if not any(folder.glob(f"{profile}/runs/*/result.json") for profile in PROFILES[1:]):
+    if not any(path for profile in PROFILES[1:] for path in folder.glob(f"{profile}/runs/*/result.json")):
         folder = EVIDENCE if EVIDENCE.exists() else ROOT / "results"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads((folder / "answer.json").read_bytes())
