@@ -132,7 +132,7 @@ def write(folder, name, content):
 def table(folder, victim, chance):
     name = chance.choice(("history.csv", "noise.csv"))
     try:
-        frame = pd.read_csv(folder / name) if (folder / name).is_file() else None
+        frame = pd.read_csv(folder / name, low_memory=False) if (folder / name).is_file() else None
     except ValueError:
         return
     if frame is None or not len(frame) or len(frame.columns) > 100:

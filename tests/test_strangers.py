@@ -20,7 +20,7 @@ from silalib.__main__ import main
 from silalib.analysis import plots, tables
 from silalib.errors import CorruptFile
 from silalib.experiments import EXHIBITS, Exhibit
-from silalib.files import ROOT, read_bytes
+from silalib.files import ROOT, from_csv, read_bytes
 from silalib.launch.ensure import ensure
 from silalib.launch.progress import Progress
 from silalib.report import pages
@@ -257,6 +257,12 @@ def test_the_report_names_each_damaged_record_and_shows_the_others(tmp_path):
     assert f"<dd>{len(seeds)} of {2 * len(seeds)}</dd>" in page and "could not be built" not in page
     assert (tmp_path / "results" / "small" / "report" / "index.html").exists()
     assert (victim / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_long_table_of_several_types_is_read_without_a_warning():
+    """pandas warns of such a column where it reads a file in pieces; a warning is an error here."""
+    frame = from_csv(b"a,b\n" + b"1,0.5\n" * 300000 + b"x,y\n" * 300000)
+    assert len(frame) == 600000 and frame["a"].iloc[-1] == "x"
 
 
 def test_a_folder_in_the_place_of_a_file_keeps_nothing_open(tmp_path):
