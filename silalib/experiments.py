@@ -15,11 +15,11 @@ RESNET18 = ("resnet18", "resnet18")
 DIGITS = dict(dataset="digits", train_size=512)
 
 TABLE3 = {
-    "vgg19": dict(epochs=7, gamma=0.75, lr=0.05),
+    "vgg19": dict(epochs=5, gamma=0.75, lr=0.05),
     "resnet34": dict(warmup=0.25),
     "mobilenet": dict(batch_size=20, epochs=5, warmup=0.25),
-    "wrn16_10": dict(epochs=7, warmup=1.0, gamma=0.85, lr=0.2, width=0.0625),
-    "densenet121": dict(batch_size=16, warmup=0.25, lr=0.2),
+    "wrn16_10": dict(epochs=6, warmup=1.0, gamma=0.85, lr=0.2, width=0.0625),
+    "densenet121": dict(batch_size=16, epochs=3, warmup=0.25, lr=0.2),
 }
 """The networks of Table 3, and what each needs in `quick` to learn from AutoAugment's images."""
 
@@ -183,8 +183,8 @@ def exits_grid(profile, seeds, net, fewer, holdout):
         bases = [replace(cifar, train_size=10000, epochs=30, milestones=(15, 25.5))]
     elif profile == "quick":
         digits = replace(
-            cifar, **DIGITS, holdout=300 if holdout else 0, augment="none", batch_size=24, width=0.25, epochs=3,
-            milestones=(1.5, 2.55),
+            cifar, **DIGITS, holdout=300 if holdout else 0, augment="none", batch_size=24, width=0.25, epochs=2,
+            milestones=(1, 1.7),
         )  # fmt: skip
         bases = [replace(digits, blocks=blocks) for blocks in (4, 2)]
     return [replace(base, seed=seed, method=m) for base in bases for seed in seeds for m in ("ind", "sila")]

@@ -8,7 +8,7 @@ from itertools import chain
 from .. import data, files, records
 from ..errors import NoRoom, Stopped, UserError
 from ..experiments import EXHIBITS
-from .notebooks import FOLDER, execute_all, first_line, say
+from .notebooks import CONTENTS, FOLDER, execute_all, first_line, say
 from .pages import Report, read_card
 
 LIBRARIES = ("torch", "numpy", "pandas", "scipy", "matplotlib", "nbconvert", "papermill", "latex2mathml")
@@ -28,7 +28,8 @@ def build(
     card = lambda stem: read_card(report.folder / f"{stem}.html") if (executed / f"{stem}.ipynb").exists() else {}
     changed = [stem for stem in made_of if card(stem).get("inputs") != made_of[stem]]
     if changed:
-        report.write_index()
+        if not all((report.folder / f"{stem}.html").exists() for stem in report.notebooks):
+            report.write_index()
         executed.mkdir(exist_ok=True)
     if len(changed) < len(made_of):
         say(f"{len(made_of) - len(changed)} of {len(made_of)} pages are as their records and code are: kept")
@@ -71,8 +72,9 @@ def inputs(report, stem, train=False):
 
 
 def runs_of(report, stem):
-    """The runs that a page shows: those of its exhibits, or of all."""
-    names = report.notebooks[stem][1] or report.exhibits
+    """The runs that a page rests on: those of its exhibits, or all."""
+    every = CONTENTS["pages"].get(stem, {}).get("every_run")
+    names = report.exhibits if every else report.notebooks[stem][1]
     return list(dict.fromkeys(chain(*(report.exhibits[name].grid(report.profile, report.seeds) for name in names))))
 
 
@@ -80,19 +82,21 @@ def runs_of(report, stem):
 def beside_training(report, stems, build=build):
     """Meanwhile pages are made as their runs end; the one under way when training stops is given up."""
     ended, stopped = threading.Event(), threading.Event()
-    waiting = {stem: runs_of(report, stem) for stem in stems if report.notebooks[stem][1]}
+    waiting = {stem: runs_of(report, stem) for stem in stems}
     has_ended = lambda run: records.find(run, report.profile) or records.failure(run, report.profile)
 
     def work():
         while waiting and not ended.wait(1):
-            for stem in [stem for stem, runs in waiting.items() if all(map(has_ended, runs))]:
+            ready = [stem for stem, runs in waiting.items() if all(map(has_ended, runs))]
+            try:
+                if ready:
+                    build(report.profile, ready, report.seeds, train=False, stopped=stopped)
+            except Stopped:
+                return
+            except UserError as error:
+                say(f"{', '.join(ready)}: {error}")
+            for stem in ready:
                 del waiting[stem]
-                try:
-                    build(report.profile, [stem], report.seeds, train=False, stopped=stopped)
-                except Stopped:
-                    return
-                except UserError as error:
-                    say(f"{stem}: {error}")
 
     thread = threading.Thread(target=work)
     thread.start()
