@@ -12,14 +12,14 @@ from .run import PAPER_MILESTONES, Run
 PROFILES = ("quick", "small", "short", "paper")
 PAPER_METHODS = ("ind", "sila", "dml", "sila+dml")  # the rows of Tables 1 to 3, in the paper's order
 RESNET18 = ("resnet18", "resnet18")
-DIGITS = dict(dataset="digits", train_size=512)
+DIGITS = dict(dataset="digits", train_size=512, batch_size=32)
 
 TABLE3 = {
-    "vgg19": dict(batch_size=32, epochs=5, gamma=0.75, lr=0.05),
-    "resnet34": dict(batch_size=32, epochs=4, warmup=0.25),
-    "mobilenet": dict(epochs=5, warmup=0.25),
-    "wrn16_10": dict(batch_size=32, epochs=6, warmup=1.0, gamma=0.85, lr=0.2, width=0.0625),
-    "densenet121": dict(batch_size=16, warmup=0.25, lr=0.2),
+    "vgg19": dict(epochs=5, gamma=0.75, lr=0.05),
+    "resnet34": dict(warmup=0.25),
+    "mobilenet": dict(batch_size=20, epochs=5, warmup=0.25),
+    "wrn16_10": dict(epochs=6, warmup=1.0, gamma=0.85, lr=0.2, width=0.0625),
+    "densenet121": dict(batch_size=16, epochs=3, warmup=0.25, lr=0.2),
 }
 """The networks of Table 3, and what each needs in `quick` to learn from AutoAugment's images."""
 
@@ -65,7 +65,8 @@ def seeds_for(part, profile, seeds=None):
 def cifar_run(profile, nets, **changes):
     """One training of Tables 1, 2 and 3 at a profile; the paper's milestones scale with its epochs."""
     settings = {
-        "quick": DIGITS | dict(batch_size=20, epochs=3, warmup=0.5, gamma=0.8, width=0.125, augment="none"),
+        "quick": DIGITS
+        | dict(train_size=256, batch_size=16, epochs=4, warmup=0.5, gamma=0.8, width=0.125, augment="none"),
         "small": dict(train_size=10000, width=0.25, epochs=60, gamma=0.7),
         "short": SILENT | dict(epochs=26),
         "paper": SILENT,
@@ -102,7 +103,7 @@ def table2(profile="quick", seeds=None):
     pairs = [RESNET18, ("resnet34", "resnet34"), ("resnet18", "resnet34")][: 1 if profile == "small" else 3]
     settings = dict(dataset="imagenet100", augment="flip" if profile == "small" else "flip+rotate15", stem="imagenet")
     if profile == "quick":
-        settings = dict(dataset="digits64", batch_size=32, stem="imagenet")  # a size that suits the stem
+        settings = DIGITS | dict(dataset="digits64", epochs=3, stem="imagenet")  # a size that suits the stem
     return pairs_and_ind(profile, seeds_for("table2", profile, seeds), pairs, PAPER_METHODS, lambda pair: settings)
 
 
@@ -111,7 +112,7 @@ def table3(profile="quick", seeds=None):
     quick has digits in place of both, `small` MobileNet only, in batches of 32: it lacked steps."""
     seeds = seeds_for("table3", profile, seeds)
     if profile == "quick":
-        parts = [lambda pair: dict(augment="autoaugment") | TABLE3[pair[0]]]
+        parts = [lambda pair: DIGITS | dict(augment="autoaugment") | TABLE3[pair[0]]]
     else:
         base = dict(augment="crop+flip+autoaugment") | (dict(batch_size=32) if profile == "small" else {})
         parts = [lambda pair, name=name: base | dict(dataset=name) for name in ("cifar10", "cifar100")]
@@ -140,7 +141,7 @@ def fig6(profile="quick", seeds=None, **changes):
     """Figure 6: the 12-layer network with two features at 16 channels, alone (IND) and as a pair (SiLa)."""
     seeds = seeds_for("fig6", profile, seeds)
     scaled = {
-        "quick": DIGITS | dict(batch_size=32, epochs=10, lr=0.02, noise_images=0, hessian_images=0),
+        "quick": DIGITS | dict(epochs=10, lr=0.02, noise_images=0, hessian_images=0),
         "small": dict(train_size=10000),
         "short": dict(epochs=2),
         "paper": {},
@@ -182,7 +183,7 @@ def exits_grid(profile, seeds, net, fewer, holdout):
         bases = [replace(cifar, train_size=10000, epochs=30, milestones=(15, 25.5))]
     elif profile == "quick":
         digits = replace(
-            cifar, **DIGITS, holdout=300 if holdout else 0, augment="none", batch_size=24, width=0.25, epochs=2,
+            cifar, **DIGITS | dict(batch_size=24), holdout=300 if holdout else 0, augment="none", width=0.25, epochs=2,
             milestones=(1, 1.7),
         )  # fmt: skip
         bases = [replace(digits, blocks=blocks) for blocks in (4, 2)]
