@@ -15,8 +15,8 @@ RESNET18 = ("resnet18", "resnet18")
 DIGITS = dict(dataset="digits", train_size=512, batch_size=32)
 
 TABLE3 = {
-    "vgg19": dict(epochs=5, gamma=0.75, lr=0.05),
-    "resnet34": dict(warmup=0.25),
+    "vgg19": dict(epochs=4, gamma=0.75, lr=0.05),
+    "resnet34": dict(epochs=3, warmup=0.25),
     "mobilenet": dict(batch_size=20, epochs=5, warmup=0.25),
     "wrn16_10": dict(epochs=6, warmup=1.0, gamma=0.85, lr=0.2, width=0.0625),
     "densenet121": dict(batch_size=16, epochs=3, warmup=0.25, lr=0.2),
@@ -141,7 +141,7 @@ def fig6(profile="quick", seeds=None, **changes):
     """Figure 6: the 12-layer network with two features at 16 channels, alone (IND) and as a pair (SiLa)."""
     seeds = seeds_for("fig6", profile, seeds)
     scaled = {
-        "quick": DIGITS | dict(epochs=10, lr=0.02, noise_images=0, hessian_images=0),
+        "quick": DIGITS | dict(epochs=8, lr=0.02, noise_images=0, hessian_images=0),
         "small": dict(train_size=10000),
         "short": dict(epochs=2),
         "paper": {},

@@ -172,6 +172,7 @@ def test_the_slider_shows_a_row_of_the_table_of_budgets(browser, new_pages):
     assert browser.execute_script(shown)[1::2] == ["2.0", "72.3", "0.0"]
     assert slider.get_attribute("aria-valuetext") == "cost 2.0, SiLa 72.3, exit 1 (%) 0.0"
     assert browser.find_element("id", "T_fig4_budget").is_displayed()
+    assert browser.execute_script("return document.querySelector('main > .budget') !== null")  # the text's width
 
 
 AXE = """

@@ -13,7 +13,7 @@ def test_what_runs_says_what_is_planned_and_what_is_missing():
     grid = table1("quick", [0, 3])
     text = tables.what_runs("quick", grid, dict.fromkeys(grid[:5]))
     assert text.startswith("5 of 36 runs have a record. digits (8x8, enlarged), profile quick, a stand-in")
-    assert "; seeds 0, 3; 4 epochs of 512 training images, width 0.125." in text
+    assert "; seeds 0, 3; 4 epochs of 256 training images, width 0.125." in text
     assert "31 of 36 runs on digits" in text and "not trained yet" in text
 
 

@@ -39,5 +39,5 @@
   slider.addEventListener("input", show);
   show();
 
-  table.closest(".scroll").before(box);
+  table.closest("main > *").before(box); // which has the width of the text
 })();
