@@ -9,9 +9,7 @@ from itertools import accumulate
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import brentq
 from torch import nn
-from torch.utils import benchmark
 
 from .errors import UserError
 from .models import macs_by_layer
@@ -54,6 +52,8 @@ def distribution_for(budget, costs):
     excess = lambda log_q: exit_distribution(np.exp(log_q), len(costs)) @ costs - budget
     if excess(40) <= 0 or excess(-40) >= 0:  # where all samples are at one end, up to rounding
         return np.eye(len(costs))[-1 if excess(40) <= 0 else 0]
+    from scipy.optimize import brentq  # a third of a second, in every process
+
     return exit_distribution(np.exp(brentq(excess, -40, 40, xtol=1e-12)), len(costs))
 
 
@@ -181,6 +181,8 @@ def _parts(model):  # what comes before the network, and the MSDNet
 
 def milliseconds(model, images, batch_size, repeats=3):
     """Measured milliseconds an image of model(batch) over all images, here and now: the fastest of some repeats."""
+    from torch.utils import benchmark
+
     batches = images.split(batch_size)
     work = lambda: [model(batch) for batch in batches]
     with torch.no_grad():

@@ -15,7 +15,7 @@ RESNET18 = ("resnet18", "resnet18")
 DIGITS = dict(dataset="digits", train_size=512, batch_size=32)
 
 TABLE3 = {
-    "vgg19": dict(epochs=4, gamma=0.75, lr=0.05),
+    "vgg19": dict(epochs=5, gamma=0.75, lr=0.05),
     "resnet34": dict(epochs=3, warmup=0.25),
     "mobilenet": dict(batch_size=20, epochs=5, warmup=0.25),
     "wrn16_10": dict(epochs=6, warmup=1.0, gamma=0.85, lr=0.2, width=0.0625),

@@ -4,10 +4,10 @@ from collections import defaultdict, namedtuple
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.stats import norm, sem, t
+from scipy.special import ndtri, stdtrit
 
 from ..errors import UserError
-from .statistics import interval, plus_minus
+from .statistics import interval, plus_minus, standard_error
 
 
 def decide(mean, half_width, delta):
@@ -26,8 +26,8 @@ def decide(mean, half_width, delta):
 def seeds_to_decide(values, delta, level=0.95):
     """How many seeds give a half-width of at most delta/2 at the spread of these values, whatever their mean."""
     spread, tail = np.std(values, ddof=1), (1 + level) / 2
-    n = max(2, int((2 * norm.ppf(tail) * spread / delta) ** 2))  # t is wider than the normal distribution
-    while t.ppf(tail, n - 1) * spread / n**0.5 > delta / 2:
+    n = max(2, int((2 * ndtri(tail) * spread / delta) ** 2))  # t is wider than the normal distribution
+    while stdtrit(n - 1, tail) * spread / n**0.5 > delta / 2:
         n += 1
     return n
 
@@ -224,5 +224,5 @@ def over_images(pairs, records, metric):
     except (UserError, KeyError):
         return None
     parts = [(len(group) / len(pairs), np.mean(group, axis=0)) for group in differences.values()]
-    deviation = sum((share * sem(images)) ** 2 for share, images in parts) ** 0.5
+    deviation = sum((share * standard_error(images)) ** 2 for share, images in parts) ** 0.5
     return sum(share * images.mean() for share, images in parts), 1.96 * deviation

@@ -5,7 +5,6 @@ from itertools import combinations, permutations
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 
 from ..models import EXITS
 
@@ -45,6 +44,8 @@ def best_temperature(logits, target):
     coldest, hottest = map(math.log, TEMPERATURES)
     if slope(coldest) <= 0:  # with every colder one the NLL is lower still
         return TEMPERATURES[0]
+    from scipy.optimize import brentq  # a third of a second, in every process
+
     return TEMPERATURES[1] if slope(hottest) >= 0 else math.exp(brentq(slope, coldest, hottest, xtol=1e-12))
 
 
