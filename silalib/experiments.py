@@ -31,7 +31,7 @@ SEEDS = {
 of Table 1 (Figures 3 and 7, and the arms beside them) has those seeds."""
 
 NOISE = {
-    "quick": dict(noise_images=100, noise_sigmas=3, noise_draws=2, hessian_images=2),
+    "quick": dict(noise_images=100, noise_sigmas=3, noise_draws=2),
     "small": dict(noise_images=1000, noise_sigmas=5),
     "short": dict(noise_images=10000),
     "paper": dict(noise_images=10000, hessian_images=500),
@@ -141,7 +141,7 @@ def fig6(profile="quick", seeds=None, **changes):
     """Figure 6: the 12-layer network with two features at 16 channels, alone (IND) and as a pair (SiLa)."""
     seeds = seeds_for("fig6", profile, seeds)
     scaled = {
-        "quick": DIGITS | dict(epochs=8, lr=0.02, noise_images=0, hessian_images=0),
+        "quick": DIGITS | dict(epochs=8, lr=0.02, noise_images=0, hessian_images=2),
         "small": dict(train_size=10000),
         "short": dict(epochs=2),
         "paper": {},

@@ -29,7 +29,7 @@ FLOORS = (
 PAPER = ("losses", "run", "experiments", "early_exit", "data", "training")
 """What someone looks for who has read the paper."""
 
-LINES, LINES_OF_PAPER, LINES_OF_A_FILE, MODULES_ON_TOP = 6950, 2600, 400, 11
+LINES, LINES_OF_PAPER, LINES_OF_A_FILE, MODULES_ON_TOP = 6970, 2600, 400, 11
 """At most; the first without models/."""
 
 
