@@ -158,7 +158,8 @@ def test_figure_7_is_resnet18_of_table_1():
         grid = fig7(profile, [0])
         assert set(grid) <= set(table1(profile, [0]))
         assert {(run.nets, run.method) for run in grid} == {(("resnet18",) * 2, method) for method in PAPER_METHODS}
-        assert all(run.noise_images and (run.hessian_images or profile in ("small", "short")) for run in grid)
+        assert all(run.noise_images and bool(run.hessian_images) == (profile == "paper") for run in grid)
+        assert all(run.hessian_images for run in fig6(profile, [0]))
 
 
 NOISE_FIELDS = {"noise_images", "noise_sigmas", "noise_draws", "hessian_images"}
