@@ -122,8 +122,8 @@ def budgeted(record):
     test images, lists with an entry per exit. Raises UserError where the run held no images out."""
     _check_held_out(record)
     table = record.budgeted
-    listed = {name + "s": table.filter(like=f"{name}_").to_numpy().tolist() for name in ("threshold", "share")}
-    return table[["q", "macs", "top1"]].assign(**listed)
+    listed = lambda name: table[[f"{name}_{k}" for k in range(len(record.heads))]].to_numpy().tolist()
+    return table[["q", "macs", "top1"]].assign(thresholds=listed("threshold"), shares=listed("share"))
 
 
 def _check_held_out(record):

@@ -65,12 +65,14 @@ def seeds_for(part, profile, seeds=None):
 def cifar_run(profile, nets, **changes):
     """One training of Tables 1, 2 and 3 at a profile; the paper's milestones scale with its epochs."""
     settings = {
-        "quick": DIGITS
-        | dict(train_size=256, batch_size=16, epochs=4, warmup=0.5, gamma=0.8, width=0.125, augment="none"),
+        "quick": dict(
+            dataset="digits", train_size=256, batch_size=16, epochs=4, warmup=0.5, gamma=0.8, width=0.125,
+            augment="none",
+        ),
         "small": dict(train_size=10000, width=0.25, epochs=60, gamma=0.7),
         "short": SILENT | dict(epochs=26),
         "paper": SILENT,
-    }[profile] | changes
+    }[profile] | changes  # fmt: skip
     if profile != "paper":
         settings["milestones"] = [round(m * settings["epochs"] / 260, 4) for m in PAPER_MILESTONES]
     return Run(nets=nets, **settings)

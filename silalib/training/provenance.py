@@ -32,7 +32,7 @@ def here(device, ranks, dtypes, graphs):
 def code_version():
     """{"code": hash of the package's source, "commit": of the checkout, "+" if it was changed}."""
     digest = hashlib.sha256()
-    for path in sorted(path for kind in ("py", "json") for path in PACKAGE.rglob(f"*.{kind}")):
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("data/*.json")]):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     version = {"code": digest.hexdigest()[:12]}
     with suppress(OSError, subprocess.CalledProcessError):
